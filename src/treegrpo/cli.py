@@ -1,0 +1,275 @@
+"""The command line: `treegrpo train`, `treegrpo sample` and `treegrpo evaluate`.
+
+Everything that can be refused is refused before torch is imported, so that help and mistakes
+answer at once. Errors of the user's are one red line and exit code 2, without a traceback.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from treegrpo import __version__
+from treegrpo.config import Config, describe_fields, load_config, to_yaml
+from treegrpo.errors import UserError
+from treegrpo.plan import PlanError
+from treegrpo.prompts import load_prompts
+from treegrpo.rewards import BUILT_IN, RewardError, load_reward
+
+app = typer.Typer(
+    name="treegrpo",
+    help="Online reinforcement learning for diffusion and flow models by tree rollouts.",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_OVERRIDE = re.compile(r"[\w.-]+=", re.ASCII)
+
+
+def main() -> None:
+    """Run the command line; the console script and `python -m treegrpo`."""
+    try:
+        app()
+    except (UserError, PlanError, RewardError) as error:
+        typer.echo(f"{typer.style('error:', fg='red', bold=True)} {error}", err=True)
+        sys.exit(2)
+
+
+# The help prints one line per paragraph.
+_CONFIG_KEYS = "\n\n".join(
+    ["Configuration keys (and defaults):"]
+    + [f"[bold]{key}[/bold] ({default}): {text}" for key, default, text in describe_fields()]
+)
+
+
+def _show_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"treegrpo {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(epilog=_CONFIG_KEYS)
+def train(
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="CONFIG.yaml | key.path=value",
+            help="A configuration file and changes to it; without any, the miniature job.",
+            show_default=False,
+        ),
+    ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole configuration and stop.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in the output folder.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in the output folder.")
+    ] = False,
+) -> None:
+    """Train a model."""
+    overrides = [argument for argument in arguments or [] if _OVERRIDE.match(argument)]
+    paths = [argument for argument in arguments or [] if not _OVERRIDE.match(argument)]
+    if len(paths) > 1:
+        raise UserError(
+            f"got {len(paths)} configuration files ({', '.join(paths)}); must be at most one "
+            "(a change to it is written key.path=value)"
+        )
+    config = load_config(Path(paths[0]) if paths else None, overrides)
+    if print_config:
+        typer.echo(to_yaml(config), nl=False)
+        return
+    _check_train(config, resume=resume, overwrite=overwrite)
+
+    from treegrpo import trainer
+
+    trainer.train(config, resume=resume, overwrite=overwrite)
+
+
+_Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help='A diffusers folder, a hub name or "miniature".', show_default=False
+    ),
+]
+_Seed = Annotated[int, typer.Option(min=0, help="Seed of the noises.")]
+_Steps = Annotated[
+    int | None, typer.Option(min=1, help="Denoising steps; the model's own if not given.")
+]
+_GuidanceScale = Annotated[
+    float | None,
+    typer.Option(min=0, help="Classifier-free guidance; the model's own if not given."),
+]
+
+
+@app.command()
+def sample(
+    model: _Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt; may be given several times.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help='A file with one prompt per line, or "miniature".'),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
+    seed: _Seed = 0,
+    steps: _Steps = None,
+    guidance_scale: _GuidanceScale = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.")] = Path(
+        "grid.png"
+    ),
+) -> None:
+    """Draw a grid of samples, one row per prompt."""
+    if bool(prompt) == bool(prompts):
+        raise UserError("prompts: must be given by --prompt or by --prompts, not both")
+    texts = load_prompts(prompts, "held_out") if prompts else list(prompt or [])
+    _check_model(model, "MODEL")
+    _check_parent(out, "--out")
+
+    from treegrpo import evaluate
+
+    evaluate.sample_grid(
+        model=model,
+        prompts=texts,
+        count=count,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        out=out,
+    )
+
+
+@app.command("evaluate")
+def evaluate_(
+    model: _Model,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help='A file with one prompt per line, or "miniature": its held-out prompts.',
+        ),
+    ] = "miniature",
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A reward; may be given several times.",
+            show_default="composition, composition_accuracy",
+        ),
+    ] = None,
+    images_per_prompt: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 2,
+    max_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first so many prompts.")
+    ] = None,
+    seed: _Seed = 0,
+    steps: _Steps = None,
+    guidance_scale: _GuidanceScale = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the results here.")
+    ] = None,
+) -> None:
+    """Measure a model by rewards on held-out prompts."""
+    load_prompts(prompts, "held_out")
+    rewards = reward or ["composition", "composition_accuracy"]
+    for name in rewards:
+        _check_reward(name, "--reward")
+    _check_model(model, "MODEL")
+    if json_file is not None:
+        _check_parent(json_file, "--json")
+
+    from treegrpo import evaluate
+
+    evaluate.evaluate_command(
+        model=model,
+        prompts=prompts,
+        reward=rewards,
+        images_per_prompt=images_per_prompt,
+        max_prompts=max_prompts,
+        seed=seed,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        json_file=json_file,
+    )
+
+
+# --- what is refused before anything heavy is imported ---
+
+
+def _check_train(config: Config, *, resume: bool, overwrite: bool) -> None:
+    load_prompts(config.prompts.train, "train")
+    load_prompts(config.prompts.held_out, "held_out")
+    for index, reward in enumerate(config.rewards):
+        _check_reward(reward.name, f"rewards.{index}.name")
+    if config.evaluation.accuracy is not None:
+        _check_reward(config.evaluation.accuracy, "evaluation.accuracy")
+    _check_model(config.model.path, "model.path")
+    # Of several processes only the first looks: the others may start after it has begun to write.
+    if os.environ.get("RANK", "0") == "0":
+        _check_output(config.output, resume=resume, overwrite=overwrite)
+
+
+def _check_model(model: str, field: str) -> None:
+    path = Path(model).expanduser()
+    if model == "miniature" or path.is_dir():
+        return
+    if path.exists():
+        raise UserError(f"{field}: {model} is a file; must be a diffusers folder")
+    looks_like_path = model[0] in "./~" or not _HUB_NAME.fullmatch(model)
+    if looks_like_path:
+        raise UserError(
+            f'{field}: no folder {model}; must be "miniature", a diffusers folder, or a hub name '
+            "such as owner/name"
+        )
+
+
+def _check_reward(name: str, field: str) -> None:
+    if name in BUILT_IN:
+        return  # These exist, and importing them takes seconds.
+    try:
+        load_reward(name)
+    except ValueError as error:
+        raise UserError(f"{field}: {error}") from error
+
+
+def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise UserError("--resume and --overwrite: must be given one at a time")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"output: {output} is a file; must be a folder")
+    holds_run = (output / "config.yaml").is_file()
+    if resume:
+        if not holds_run:
+            raise UserError(f"output: {output} holds no run to resume (no config.yaml in it)")
+    elif holds_run:
+        if not overwrite:
+            raise UserError(
+                f"output: {output} already holds a run; continue it with --resume, replace it with "
+                "--overwrite, or name another folder with output=FOLDER"
+            )
+    elif output.is_dir() and any(output.iterdir()):
+        raise UserError(
+            f"output: {output} is not empty and holds no run, so nothing in it is replaced; "
+            "name another folder with output=FOLDER"
+        )
+
+
+def _check_parent(path: Path, option: str) -> None:
+    if not path.parent.is_dir():
+        raise UserError(f"{option}: no folder {path.parent} to write {path.name} in")

@@ -1,0 +1,66 @@
+"""What a training run shows while it works: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Display:
+    """Progress over a run's iterations: reward, accuracy and time left.
+
+    Use as a context manager; `show` after each iteration, `say` for a line that stays.
+    """
+
+    def __init__(self, iterations: int, enabled: bool = True) -> None:
+        self._console = Console(quiet=not enabled, highlight=False)
+        self._live = self._console.is_terminal
+        self._iterations = iterations
+        self._progress = Progress(
+            TextColumn("iteration {task.completed}/{task.total}"),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=self._console,
+            disable=not (enabled and self._live),
+        )
+        self._task = self._progress.add_task("", total=iterations, figures="")
+
+    def __enter__(self) -> Display:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def say(self, text: str) -> None:
+        self._console.print(text)
+
+    def show(self, metrics: Mapping[str, float], seconds_left: float) -> None:
+        figures = f"reward {metrics['reward']:.3f}"
+        if "accuracy" in metrics:
+            figures += f"  accuracy {metrics['accuracy']:.0%}"
+        done = int(metrics["iteration"]) + 1
+        self._progress.update(self._task, completed=done, figures=figures)
+        if not self._live and (done % 10 == 0 or done in (1, self._iterations)):
+            minutes, seconds = divmod(round(seconds_left), 60)
+            self.say(
+                f"iteration {done}/{self._iterations}  {figures}  left {minutes}:{seconds:02d}"
+            )
+
+    def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        table = Table(title=title, show_header=False)
+        for name, value in rows:
+            table.add_row(name, value)
+        self._console.print(table)

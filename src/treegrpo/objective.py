@@ -1,0 +1,216 @@
+"""The clipped GRPO objective over the forest's edges, with one model forward per node.
+
+`losses` yields one loss per micro-batch of nodes; call `backward()` on each and step the optimizer
+after the last. Each is already divided by the number of all edges, so the gradient is the same
+whatever the micro-batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from treegrpo.rollout import Level, Predict, Rollout
+from treegrpo.transition import Reduction, clean_and_noise, log_prob
+
+
+@dataclass
+class UpdateStatistics:
+    """Accumulated over the micro-batches of an update; read it after the last one."""
+
+    edges: int = 0
+    forwards: int = 0
+    loss: float = 0.0
+    ratio_sum: float = 0.0
+    ratio_min: float = float("inf")
+    ratio_max: float = float("-inf")
+    ratio_error: float = 0.0
+    clipped: int = 0
+    kl_sum: float = 0.0
+
+    def add(self, loss: Tensor, ratio: Tensor, clipped: Tensor, kl: Tensor, forwards: int) -> None:
+        ratio = ratio.detach()
+        # One transfer from the device for all numbers.
+        numbers = torch.stack(
+            [
+                loss.detach(),
+                ratio.sum(),
+                ratio.min(),
+                ratio.max(),
+                (ratio - 1).abs().max(),
+                clipped.sum(),
+                kl.detach().sum(),
+            ]
+        ).tolist()
+        self.edges += ratio.numel()
+        self.forwards += forwards
+        self.loss += numbers[0]
+        self.ratio_sum += numbers[1]
+        self.ratio_min = min(self.ratio_min, numbers[2])
+        self.ratio_max = max(self.ratio_max, numbers[3])
+        self.ratio_error = max(self.ratio_error, numbers[4])
+        self.clipped += int(numbers[5])
+        self.kl_sum += numbers[6]
+
+    def merge(self, other: UpdateStatistics) -> None:
+        for name in ("edges", "forwards", "loss", "ratio_sum", "clipped", "kl_sum"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.ratio_min = min(self.ratio_min, other.ratio_min)
+        self.ratio_max = max(self.ratio_max, other.ratio_max)
+        self.ratio_error = max(self.ratio_error, other.ratio_error)
+
+    @property
+    def ratio_mean(self) -> float:
+        return self.ratio_sum / max(self.edges, 1)
+
+    @property
+    def clip_fraction(self) -> float:
+        return self.clipped / max(self.edges, 1)
+
+    @property
+    def kl(self) -> float:
+        return self.kl_sum / max(self.edges, 1)
+
+
+def clipped_surrogate(
+    ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
+) -> tuple[Tensor, Tensor]:
+    """`-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)` per edge.
+
+    Returns:
+        The loss and whether the clip is what counts (bool), both in ratio's shape.
+    """
+    unclipped = ratio * advantage
+    clipped = ratio.clamp(1 - clip_low, 1 + clip_high) * advantage
+    return -torch.minimum(unclipped, clipped), clipped < unclipped
+
+
+def gaussian_kl(mean: Tensor, reference: Tensor, std: float, reduction: Reduction) -> Tensor:
+    """KL divergence between two Gaussians of equal std: `|mean - reference|^2 / (2 std^2)`.
+
+    Args:
+        mean, reference: [rows, ...].
+
+    Returns:
+        [rows], reduced as the log-probabilities are.
+    """
+    squared = ((mean - reference) / std).square().flatten(1) / 2
+    return squared.mean(1) if reduction == "mean" else squared.sum(1)
+
+
+def losses(
+    predict: Predict,
+    rollout: Rollout,
+    advantages: Sequence[Tensor],
+    *,
+    clip_low: float = 1e-4,
+    clip_high: float = 1e-4,
+    micro_batch: int | None = None,
+    prompts: slice = slice(None),
+    kl_weight: float = 0.0,
+    reference: Predict | None = None,
+    guard: bool = False,
+    statistics: UpdateStatistics | None = None,
+) -> Iterator[Tensor]:
+    """One loss per micro-batch of nodes.
+
+    Args:
+        predict: the policy under training; called with gradient, once per node.
+        rollout: from the behavior policy.
+        advantages: per stochastic level, [prompts, edges].
+        clip_low, clip_high: the ratio's range is [1 - clip_low, 1 + clip_high].
+        micro_batch: nodes per model call; does not change the summed gradient.
+        prompts: which of the rollout's prompts to use (an optimizer step on a part of them).
+        kl_weight: of the KL divergence to `reference`.
+        guard: GRPO-Guard's ratio normalisation (arXiv 2510.22319); needs a rollout made with
+            `keep_means=True`.
+        statistics: filled as the losses are consumed.
+
+    Yields:
+        Scalars whose sum is the objective, averaged over the chosen prompts' edges.
+
+    Raises:
+        ValueError: `guard` without kept means, or `kl_weight` without a reference.
+    """
+    if kl_weight > 0 and reference is None:
+        raise ValueError(f"kl_weight: got {kl_weight} without a reference policy")
+    chosen = range(*prompts.indices(rollout.leaves.shape[0]))
+    edges = rollout.plan.edges * len(chosen)
+    statistics = statistics if statistics is not None else UpdateStatistics()
+    for batch in _node_batches(rollout.levels, advantages, chosen, micro_batch):
+        level, transition = batch.level, batch.level.transition
+        output = predict(batch.nodes, level.step, batch.prompt_index)
+        mean = transition.mean(*clean_and_noise(output, batch.nodes, rollout.schedule, level.step))
+        rows, siblings = batch.advantage.shape
+        new = log_prob(
+            batch.children.flatten(0, 1),
+            mean.repeat_interleave(siblings, 0),
+            transition.std,
+            rollout.reduction,
+        ).view(rows, siblings)
+        log_ratio, scale = new - batch.log_prob, 1.0
+        if guard:
+            if batch.mean is None:
+                raise ValueError("guard: the rollout was made without keep_means=True")
+            drift = gaussian_kl(mean, batch.mean, transition.std, rollout.reduction)
+            log_ratio = (log_ratio + drift[:, None]) * transition.std
+            sigma = rollout.schedule.sigma
+            scale = 1 / (sigma[level.step] - sigma[level.step + 1])
+        ratio = log_ratio.exp()
+        per_edge, clipped = clipped_surrogate(ratio, batch.advantage, clip_low, clip_high)
+        kl = torch.zeros_like(ratio)
+        if kl_weight > 0 and reference is not None:
+            with torch.no_grad():
+                output = reference(batch.nodes, level.step, batch.prompt_index)
+                estimates = clean_and_noise(output, batch.nodes, rollout.schedule, level.step)
+            divergence = gaussian_kl(
+                mean, transition.mean(*estimates), transition.std, rollout.reduction
+            )
+            kl = divergence[:, None].expand_as(ratio)
+        loss = (per_edge * scale + kl_weight * kl).sum() / edges
+        statistics.add(loss, ratio, clipped, kl, rows)
+        yield loss
+
+
+@dataclass(frozen=True)
+class _NodeBatch:
+    """Some nodes of one level: nodes [rows, ...], children [rows, k, ...], the rest [rows, k]."""
+
+    level: Level
+    nodes: Tensor
+    children: Tensor
+    log_prob: Tensor
+    advantage: Tensor
+    prompt_index: Tensor
+    mean: Tensor | None = field(default=None)
+
+
+def _node_batches(
+    levels: Sequence[Level], advantages: Sequence[Tensor], prompts: range, micro_batch: int | None
+) -> Iterator[_NodeBatch]:
+    for level, advantage in zip(levels, advantages, strict=True):
+        width, siblings = level.nodes.shape[1], level.branching
+        rows = width * len(prompts)
+        part = slice(prompts.start, prompts.stop)
+        device = level.nodes.device
+        index = torch.arange(prompts.start, prompts.stop, device=device).repeat_interleave(width)
+        nodes = level.nodes[part].flatten(0, 1)
+        mean = None if level.mean is None else level.mean[part].flatten(0, 1)
+        children = level.children[part].reshape(rows, siblings, *nodes.shape[1:])
+        old = level.log_prob[part].reshape(rows, siblings)
+        edge_advantage = advantage[part].reshape(rows, siblings)
+        size = micro_batch or rows
+        for start in range(0, rows, size):
+            some = slice(start, start + size)
+            yield _NodeBatch(
+                level,
+                nodes[some],
+                children[some],
+                old[some],
+                edge_advantage[some],
+                index[some],
+                None if mean is None else mean[some],
+            )

@@ -1,0 +1,349 @@
+"""Pictures of a run: samples before and after, a grid of samples, and the training curve."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import NDArray
+from torch import Tensor
+
+from treegrpo.report import style
+
+# Inches.
+_MARGIN = 0.3
+_PROMPT_WIDTH = 2.0
+_BLOCK_GAP = 0.4
+_GAP = 0.1
+_ROW_GAP = 0.18
+_IMAGE_SIDES = (0.4, 1.4)
+
+
+# --- grids of images ---
+
+
+def image_grid(path: Path, prompts: Sequence[str], images: Tensor) -> None:
+    """Write a PNG with one row per prompt: its text, then its images.
+
+    Args:
+        images: float [prompts, n, 3, H, W] in [0, 1].
+
+    Raises:
+        ValueError: the images' shape does not fit the prompts.
+    """
+    _check_images("images", images, prompts)
+    columns = images.shape[1]
+    width, height = _image_size(images, columns, gaps=(columns - 1) * _GAP)
+    page_width = 2 * _MARGIN + _PROMPT_WIDTH + columns * (width + _GAP) - _GAP
+    row_height = height + _ROW_GAP
+    page_height = 2 * _MARGIN + len(prompts) * row_height - _ROW_GAP
+    figure, axes = style.page(page_width, page_height)
+    for row, prompt in enumerate(prompts):
+        y = _MARGIN + row * row_height + height / 2
+        _write_prompt(axes, prompt, y, height)
+        for column in range(columns):
+            x = _MARGIN + _PROMPT_WIDTH + column * (width + _GAP) + width / 2
+            style.put_image(axes, images[row, column], (x, y), (width, height))
+    style.save(figure, path)
+
+
+def before_after(
+    path: Path,
+    prompts: Sequence[str],
+    before: Tensor,
+    after: Tensor,
+    correct_before: Tensor | None = None,
+    correct_after: Tensor | None = None,
+    *,
+    title: str | None = None,
+    label_before: str = "before training",
+    label_after: str = "after training",
+    accuracy_before: float | None = None,
+    accuracy_after: float | None = None,
+) -> None:
+    """Write a PNG with one row per prompt: its text, its images before, its images after.
+
+    Args:
+        before, after: float [prompts, n, 3, H, W] in [0, 1].
+        correct_before, correct_after: bool [prompts, n], which images show what their prompt says
+            (a green frame and a check; else a red one and a cross); None: unknown.
+        accuracy_before, accuracy_after: in [0, 1], written in the headers as "47 % right".
+
+    Raises:
+        ValueError: the shapes do not fit the prompts or one another.
+    """
+    _check_images("before", before, prompts)
+    _check_images("after", after, prompts)
+    if before.shape != after.shape:
+        raise ValueError(
+            f"after: got shape {list(after.shape)}; must be that of before, {list(before.shape)}"
+        )
+    for name, correct in (("correct_before", correct_before), ("correct_after", correct_after)):
+        if correct is not None and correct.shape != before.shape[:2]:
+            raise ValueError(
+                f"{name}: got shape {list(correct.shape)}; must be {list(before.shape[:2])}, one "
+                "value per image"
+            )
+    columns = before.shape[1]
+    block_gaps = (columns - 1) * _GAP
+    width, height = _image_size(before, 2 * columns, gaps=2 * block_gaps + _BLOCK_GAP)
+    block_width = columns * width + block_gaps
+    lefts = [_MARGIN + _PROMPT_WIDTH + index * (block_width + _BLOCK_GAP) for index in (0, 1)]
+    row_height = height + _ROW_GAP
+    has_accuracy = accuracy_before is not None or accuracy_after is not None
+    legend = 0.0 if correct_before is None and correct_after is None else 0.45
+    top = _MARGIN + (0.55 if title else 0.0) + (0.68 if has_accuracy else 0.36)
+    bottom = top + len(prompts) * row_height - _ROW_GAP
+    figure, axes = style.page(lefts[1] + block_width + _MARGIN, bottom + legend + _MARGIN)
+    if title:
+        axes.text(
+            _MARGIN, _MARGIN + 0.16, title, color=style.INK, fontsize=15, weight="bold",
+            va="center", parse_math=False,
+        )  # fmt: skip
+    blocks = (
+        (label_before, accuracy_before, before, correct_before),
+        (label_after, accuracy_after, after, correct_after),
+    )
+    for left, (label, accuracy, images, correct) in zip(lefts, blocks, strict=True):
+        _write_header(axes, label, accuracy, left, top, block_width)
+        for row in range(len(prompts)):
+            y = top + row * row_height + height / 2
+            for column in range(columns):
+                x = left + column * (width + _GAP) + width / 2
+                right = None if correct is None else bool(correct[row, column])
+                _put_judged(axes, images[row, column], right, (x, y), (width, height))
+    for row, prompt in enumerate(prompts):
+        _write_prompt(axes, prompt, top + row * row_height + height / 2, height)
+    if legend:
+        _write_legend(axes, lefts[0], bottom + legend)
+    style.save(figure, path)
+
+
+def _check_images(name: str, images: Tensor, prompts: Sequence[str]) -> None:
+    if not prompts:
+        raise ValueError("prompts: got none; at least one is needed")
+    if images.ndim != 5 or images.shape[0] != len(prompts) or images.shape[2] != 3:
+        raise ValueError(
+            f"{name}: got shape {list(images.shape)}; must be [{len(prompts)}, n, 3, H, W] for "
+            f"{len(prompts)} prompts"
+        )
+    if 0 in images.shape:
+        raise ValueError(f"{name}: got shape {list(images.shape)}; there is nothing to draw")
+
+
+def _image_size(images: Tensor, columns: int, gaps: float) -> tuple[float, float]:
+    """Width and height in inches, so that so many columns and gaps fill the page's width."""
+    pixel_height, pixel_width = images.shape[-2:]
+    room = style.PAGE_WIDTH - 2 * _MARGIN - _PROMPT_WIDTH - gaps
+    width = min(max(room / columns, _IMAGE_SIDES[0]), _IMAGE_SIDES[1])
+    return width, width * pixel_height / pixel_width
+
+
+def _write_prompt(axes: Axes, prompt: str, y: float, height: float) -> None:
+    lines = max(int(height / 0.19), 1)
+    text = textwrap.fill(prompt, 23, max_lines=lines, placeholder=" …")
+    axes.text(
+        _MARGIN, y, text, color=style.INK, fontsize=10, va="center", linespacing=1.25,
+        parse_math=False,
+    )  # fmt: skip
+
+
+def _write_header(
+    axes: Axes, label: str, accuracy: float | None, left: float, bottom: float, width: float
+) -> None:
+    y = bottom - 0.24
+    if accuracy is not None:
+        axes.text(
+            left, y, f"{_percent(accuracy)} right", color=style.INK, fontsize=16, weight="bold"
+        )
+        y -= 0.3
+    axes.text(left, y, label, color=style.MUTED, fontsize=11, parse_math=False)
+    axes.plot([left, left + width], [bottom - 0.14] * 2, color=style.RULE, linewidth=1)
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _put_judged(
+    axes: Axes,
+    image: Tensor,
+    right: bool | None,
+    center: tuple[float, float],
+    size: tuple[float, float],
+) -> None:
+    if right is None:
+        style.put_image(axes, image, center, size)
+        return
+    color = style.GOOD if right else style.BAD
+    style.put_image(axes, image, center, size, color=color, line_width=2)
+    _put_mark(axes, right, center[0] + size[0] / 2 - 0.01, center[1] + size[1] / 2 - 0.01)
+
+
+def _put_mark(axes: Axes, right: bool, x: float, y: float) -> None:
+    """A round badge, 0.16 inches wide, with a check or a cross."""
+    color = style.GOOD if right else style.BAD
+    axes.add_patch(
+        Circle((x, y), 0.08, facecolor=color, edgecolor=style.PAPER, linewidth=1, zorder=5)
+    )
+    check = [[(-0.036, 0.004), (-0.01, 0.03), (0.038, -0.026)]]
+    cross = [[(-0.028, -0.028), (0.028, 0.028)], [(-0.028, 0.028), (0.028, -0.028)]]
+    for stroke in check if right else cross:
+        xs, ys = zip(*stroke, strict=True)
+        axes.plot(
+            [x + dx for dx in xs], [y + dy for dy in ys], color=style.PAPER, linewidth=1.4,
+            solid_capstyle="round", solid_joinstyle="round", zorder=6,
+        )  # fmt: skip
+
+
+def _write_legend(axes: Axes, x: float, y: float) -> None:
+    entries = ((True, "exactly what the prompt says"), (False, "something is wrong"))
+    for right, text in entries:
+        _put_mark(axes, right, x + 0.08, y)
+        axes.text(x + 0.24, y, text, color=style.MUTED, fontsize=9, va="center_baseline")
+        x += 2.5
+
+
+# --- curves ---
+
+_HEALTH = {
+    "ratio": "new / old policy: least, mean, most",
+    "clip_fraction": "share of clipped edges",
+    "gradient_norm": "gradient norm",
+    "reward_std_within_group": "spread of rewards within a group",
+}
+
+
+def training_curve(
+    path: Path,
+    metrics: Sequence[Mapping[str, float]],
+    evaluations: Sequence[Mapping[str, float]] = (),
+) -> None:
+    """Write a PNG with the reward (and accuracy) per iteration, and small panels of health.
+
+    Args:
+        metrics: one mapping per iteration. Read are `iteration`, `reward`, `accuracy`,
+            `ratio_min`, `ratio_mean`, `ratio_max`, `clip_fraction`, `gradient_norm` and
+            `reward_std_within_group`; what is missing or not finite is left out.
+        evaluations: mappings with `iteration` and `reward` or `accuracy`, on held-out prompts.
+
+    Raises:
+        ValueError: neither holds a reward or an accuracy.
+    """
+    main = [
+        key
+        for key in ("accuracy", "reward")
+        if any(len(_series(source, key)[0]) for source in (metrics, evaluations))
+    ]
+    if not main:
+        raise ValueError("metrics: got no iteration with a reward; there is nothing to draw")
+    health = [key for key in _HEALTH if any(len(_series(metrics, k)[0]) for k in _keys(key))]
+    figure = Figure(figsize=(style.PAGE_WIDTH, 5.4), facecolor=style.PAPER)
+    FigureCanvasAgg(figure)
+    right_edge = 0.6 if health else 0.97
+    grid = figure.add_gridspec(
+        len(main), left=0.08, right=right_edge, top=0.92, bottom=0.11, hspace=0.32
+    )
+    panels = grid.subplots(sharex=True, squeeze=False)[:, 0]
+    for key, axes in zip(main, panels, strict=True):
+        _draw_main(axes, metrics, evaluations, key)
+    panels[0].legend(loc="lower right", frameon=False, fontsize=9, labelcolor=style.MUTED)
+    panels[-1].set_xlabel("iteration", color=style.MUTED, fontsize=9, labelpad=6)
+    if health:
+        grid = figure.add_gridspec(
+            len(health), left=0.69, right=0.97, top=0.92, bottom=0.11, hspace=0.62
+        )
+        panels = grid.subplots(sharex=True, squeeze=False)[:, 0]
+        for key, axes in zip(health, panels, strict=True):
+            _draw_health(axes, metrics, key)
+        panels[-1].set_xlabel("iteration", color=style.MUTED, fontsize=9, labelpad=6)
+    style.save(figure, path)
+
+
+def _keys(panel: str) -> tuple[str, ...]:
+    return ("ratio_min", "ratio_mean", "ratio_max") if panel == "ratio" else (panel,)
+
+
+def _draw_main(
+    axes: Axes,
+    metrics: Sequence[Mapping[str, float]],
+    evaluations: Sequence[Mapping[str, float]],
+    key: str,
+) -> None:
+    percent = key == "accuracy"
+    _style_axes(axes, "share of pictures that are right" if percent else "mean reward", size=11)
+    x, y = _series(metrics, key)
+    if len(x):
+        axes.plot(
+            x, y, color=style.ACCENT, alpha=0.25, linewidth=1, marker="." if len(x) == 1 else ""
+        )
+        axes.plot(x, _smooth(x, y), color=style.ACCENT, linewidth=2.2, label="training prompts")
+    x, y = _series(evaluations, key)
+    if len(x):
+        axes.plot(
+            x, y, color=style.GOOD, linewidth=1.2, marker="o", markersize=6.5, zorder=4,
+            markeredgecolor=style.PAPER, label="held-out prompts",
+        )  # fmt: skip
+        # The outer side of a curve that mostly rises or mostly falls is free of lines.
+        rising = y[-1] >= y[0]
+        for end, above in {0: not rising, len(x) - 1: rising}.items():
+            axes.annotate(
+                _percent(y[end]) if percent else f"{y[end]:#.3g}",
+                (x[end], y[end]), (0, 9 if above else -9), textcoords="offset points",
+                ha="center", va="bottom" if above else "top", color=style.GOOD, fontsize=10,
+                weight="bold", zorder=5,
+                path_effects=[withStroke(linewidth=3, foreground=style.PAPER)],
+            )  # fmt: skip
+    if percent:
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
+    axes.margins(x=0.05, y=0.24)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+
+
+def _draw_health(axes: Axes, metrics: Sequence[Mapping[str, float]], panel: str) -> None:
+    _style_axes(axes, _HEALTH[panel], size=9)
+    for key in _keys(panel):
+        x, y = _series(metrics, key)
+        edge = key in ("ratio_min", "ratio_max")
+        axes.plot(
+            x, y, color=style.MUTED if not edge else style.NEUTRAL, linewidth=1.2,
+            marker="." if len(x) == 1 else "",
+        )  # fmt: skip
+    axes.margins(y=0.15)
+    axes.yaxis.set_major_locator(MaxNLocator(3))
+
+
+def _style_axes(axes: Axes, title: str, size: float) -> None:
+    axes.set_title(title, loc="left", color=style.INK, fontsize=size, pad=6)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(style.RULE)
+    axes.grid(axis="y", color=style.RULE, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=style.MUTED, labelsize=8, length=0, pad=4)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+
+
+def _series(
+    rows: Sequence[Mapping[str, float]], key: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Iterations and finite values of the rows that have the key."""
+    points = [(row["iteration"], row[key]) for row in rows if row.get(key) is not None]
+    x, y = np.array(points, dtype=np.float64).reshape(-1, 2).T
+    finite = np.isfinite(y)
+    return x[finite], y[finite]
+
+
+def _smooth(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The Gaussian-weighted mean around each point, as wide as 1/40 of the run."""
+    width = max((x[-1] - x[0]) / 40, 1e-9)
+    weights = np.exp(-0.5 * ((x[:, None] - x[None, :]) / width) ** 2)
+    smoothed: NDArray[np.float64] = weights @ y / weights.sum(1)
+    return smoothed

@@ -1,0 +1,100 @@
+"""What all pictures share: the palette, the page, and how one image is put on it.
+
+Figures are made without pyplot, so nothing global changes. Their backgrounds are opaque, so that
+they also read on dark pages.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyBboxPatch
+from numpy.typing import NDArray
+from torch import Tensor
+
+PAPER = "#ffffff"
+INK = "#1f2a37"
+MUTED = "#6b7685"
+RULE = "#dfe3e8"
+SHADE = "#f3f5f8"
+NEUTRAL = "#c5cbd3"
+GOOD = "#0b8f78"
+BAD = "#dd5f33"
+ACCENT = "#3d5a98"
+
+PAGE_WIDTH = 9.4
+"""Inches; at 900 pixels a 10 point letter is then 13 pixels high."""
+DPI = 200
+LARGEST_IMAGE = 256
+"""Pixels of an image's longer side in the file."""
+LARGEST_PAGE = 30_000
+"""Pixels of a page's longer side; Agg allows 65,535."""
+
+
+def page(width: float, height: float) -> tuple[Figure, Axes]:
+    """A page of so many inches, and axes that cover it in inches from the top left."""
+    figure = Figure(figsize=(width, height), facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
+    axes.set_axis_off()
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    axes.set_autoscale_on(False)
+    return figure, axes
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Write the figure as a PNG, its folder made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dpi = min(DPI, LARGEST_PAGE / max(figure.get_size_inches()))
+    figure.savefig(path, dpi=dpi, format="png", facecolor=PAPER)
+
+
+def pixels(image: Tensor) -> NDArray[object]:
+    """float [3, H, W] in [0, 1] to [H, W, 3], reduced to `LARGEST_IMAGE`."""
+    image = image.detach().float().cpu().clamp(0, 1)
+    factor = LARGEST_IMAGE / max(image.shape[1:])
+    if factor < 1:
+        size = [max(round(side * factor), 1) for side in image.shape[1:]]
+        image = torch.nn.functional.interpolate(
+            image[None], size=size, mode="bilinear", antialias=True
+        )[0]
+    array: NDArray[object] = image.permute(1, 2, 0).numpy()
+    return array
+
+
+def put_image(
+    axes: Axes,
+    image: Tensor,
+    center: tuple[float, float],
+    size: tuple[float, float],
+    *,
+    color: str | tuple[float, float, float] = RULE,
+    line_width: float = 1.0,
+    zorder: float = 3.0,
+) -> None:
+    """Draw one image with a frame of `color`, its corners rounded; center and size in inches."""
+    (x, y), (width, height) = center, size
+    left, top = x - width / 2, y - height / 2
+    frame = FancyBboxPatch(
+        (left, top),
+        width,
+        height,
+        boxstyle=f"round,pad=0,rounding_size={0.07 * min(size)}",
+        facecolor="none",
+        edgecolor=color,
+        linewidth=line_width,
+        zorder=zorder + 0.1,
+    )
+    axes.add_patch(frame)
+    artist = axes.imshow(
+        pixels(image),
+        extent=(left, left + width, top + height, top),
+        aspect="auto",
+        interpolation="catrom",
+        zorder=zorder,
+    )
+    artist.set_clip_path(frame)

@@ -1,0 +1,38 @@
+"""How well a picture compresses as JPEG, or how badly: two tasks of DDPO (arXiv 2305.13301)."""
+
+from __future__ import annotations
+
+from io import BytesIO
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+QUALITY = 95
+
+
+def jpeg_compressibility(
+    images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
+) -> Tensor:
+    """Minus the size of each picture's JPEG file at quality 95, in kB (1000 bytes): float32 [N].
+
+    Args:
+        images: float [N, 3, H, W] in [0, 1].
+        prompts: not used.
+        metadata: not used.
+    """
+    return -jpeg_incompressibility(images, prompts, metadata)
+
+
+def jpeg_incompressibility(
+    images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
+) -> Tensor:
+    """The size of each picture's JPEG file at quality 95, in kB; see `jpeg_compressibility`."""
+    pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+    sizes = []
+    for picture in pixels.permute(0, 2, 3, 1).cpu().numpy():
+        file = BytesIO()
+        Image.fromarray(picture).save(file, format="JPEG", quality=QUALITY)
+        sizes.append(file.tell() / 1000)
+    return torch.tensor(sizes, dtype=torch.float32)

@@ -1,0 +1,710 @@
+"""The training loop: rollout, decode, reward, advantage, update, log, save.
+
+Read `train` first, then `Trainer.iterate`: together they are the algorithm. Engines (several
+processes, mixed devices) come from Accelerate and the user's configuration of it; nothing here
+knows about them beyond `prepare`, `backward`, `gather` and `clip_grad_norm_`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from treegrpo import checkpoint, plan
+from treegrpo.advantage import (
+    EdgeAdvantages,
+    backup,
+    depth_normalized,
+    leaf_advantages,
+    without_signal,
+)
+from treegrpo.config import Config, RolloutConfig
+from treegrpo.console import Display
+from treegrpo.errors import UserError
+from treegrpo.evaluate import Evaluation, default_device, evaluate
+from treegrpo.models.policy import Policy, load_policy
+from treegrpo.objective import UpdateStatistics, losses
+from treegrpo.plan import RolloutPlan, WindowSchedule
+from treegrpo.prompts import PromptSampler, load_prompts
+from treegrpo.rewards import Reward, load_reward, score
+from treegrpo.rollout import Predict, Rollout, rollout
+from treegrpo.transition import transitions
+
+# The first ratio is 1 by construction. What is allowed on top is the rounding of a model that
+# computes in bfloat16 on batches of different shapes.
+LARGEST_RATIO_ERROR = 1e-3
+PICTURED_PROMPTS = 8
+
+
+def build_plan(rollout: RolloutConfig, window_start: int) -> RolloutPlan:
+    """The plan that a configuration asks for, with the window where it stands now.
+
+    Raises:
+        PlanError: the window or the leaves do not fit.
+    """
+    steps, group_size = rollout.steps, rollout.group_size
+    final = rollout.deterministic_final_step
+    match rollout.method:
+        case "tree_grpo":
+            result = plan.tree_grpo(
+                steps,
+                branching=rollout.branching,
+                window_size=rollout.window_size,
+                window_start=window_start,
+                trees=rollout.trees,
+            )
+        case "mix_grpo":
+            result = plan.mix_grpo(
+                steps,
+                group_size=group_size,
+                window_size=rollout.window_size,
+                window_start=window_start,
+            )
+        case "dance_grpo":
+            result = plan.dance_grpo(steps, group_size=group_size, deterministic_final_step=final)
+        case "branch_grpo":
+            splits = rollout.split_steps or [s for s in (0, 3, 6, 9) if s < steps]
+            result = plan.branch_grpo(
+                steps,
+                branching=rollout.branching,
+                split_steps=splits,
+                deterministic_final_step=final,
+            )
+        case "flow_grpo" | "ddpo":
+            result = plan.flow_grpo(steps, group_size=group_size, deterministic_final_step=final)
+    result.check_leaves(rollout.max_leaves)
+    return result
+
+
+def window_schedule(config: Config) -> WindowSchedule:
+    return WindowSchedule(
+        config.rollout.window_schedule,
+        config.rollout.steps,
+        min(config.rollout.window_size, config.rollout.steps),
+        config.rollout.window_start if config.rollout.window_schedule == "fixed" else 0,
+        config.rollout.window_decay,
+        config.rollout.shift_by,
+        config.rollout.shift_every,
+        config.train.seed,
+    )
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run achieved: reward means on held-out prompts, and what it cost."""
+
+    folder: Path
+    before: dict[str, float]
+    after: dict[str, float]
+    iterations: int
+    seconds: float
+    rollout_forwards: int
+    update_forwards: int
+    interrupted: bool
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> TrainingResult:
+    """Train as configured; everything about the run is written to `config.output`.
+
+    Raises:
+        UserError: a setting, folder, model or prompt list that cannot be used; nothing was done.
+        RewardError: a reward failed; the state before the failing iteration was saved.
+    """
+    trainer = Trainer(config)
+    if trainer.is_main:
+        checkpoint.prepare_folder(config, resume=resume, overwrite=overwrite)
+        checkpoint.check_space(config.output, trainer.state_bytes())
+        _write_versions(config.output)
+    trainer.accelerator.wait_for_everyone()
+    log = _Log(config.output) if trainer.is_main else None
+    limit = (config.train.time_limit_minutes or float("inf")) * 60
+    with (
+        Display(config.train.iterations, trainer.is_main) as display,
+        _stop_signal() as stop,
+    ):
+        before = trainer.evaluate()
+        if resume:
+            trainer.load()
+        display.say(f"before: {_figures(before)}")
+        if log is not None and not resume:
+            log.evaluation(0, before)
+        last = before
+        try:
+            while trainer.iteration < config.train.iterations and not stop.requested:
+                metrics = trainer.iterate()
+                if log is not None:
+                    log.metrics(metrics)
+                done = trainer.iteration
+                per_iteration = trainer.seconds / done
+                left = min(
+                    (config.train.iterations - done) * per_iteration, limit - trainer.seconds
+                )
+                display.show(metrics, max(left, 0))
+                if config.evaluation.every and done % config.evaluation.every == 0:
+                    last = trainer.evaluate()
+                    if log is not None:
+                        log.evaluation(done, last)
+                if config.train.save_every and done % config.train.save_every == 0:
+                    trainer.save()
+                if trainer.seconds >= limit:
+                    break
+        except BaseException:
+            trainer.save()
+            raise
+        trainer.save()
+        if trainer.iteration and not (
+            config.evaluation.every and trainer.iteration % config.evaluation.every == 0
+        ):
+            last = trainer.evaluate()
+            if log is not None:
+                log.evaluation(trainer.iteration, last)
+    result = TrainingResult(
+        config.output,
+        {name: before.mean(name) for name in before.scores},
+        {name: last.mean(name) for name in last.scores},
+        trainer.iteration,
+        trainer.seconds,
+        trainer.rollout_forwards,
+        trainer.update_forwards,
+        stop.requested,
+    )
+    if trainer.is_main and log is not None:
+        trainer.export(config.output / "model")
+        log.close()
+        _report(config, before, last, result, display)
+    return result
+
+
+class Trainer:
+    """The parts of a run and its state. `iterate` is one iteration; `train` drives it."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        schedule = window_schedule(config)
+        for start in {schedule.at(0), schedule.starts - 1}:
+            build_plan(config.rollout, start)
+        self.window = schedule
+        self.rewards: dict[str, Reward] = {r.name: load_reward(r.name) for r in config.rewards}
+        self.held_out = load_prompts(config.prompts.held_out, "held_out")
+        self.held_out = self.held_out[: config.evaluation.max_prompts]
+        self.sampler = PromptSampler(load_prompts(config.prompts.train, "train"), config.train.seed)
+
+        device = config.model.device
+        chosen = default_device() if device == "auto" else torch.device(device)
+        self.accelerator = Accelerator(cpu=chosen.type == "cpu")
+        self.is_main = self.accelerator.is_main_process
+        ranks = self.accelerator.num_processes
+        if config.rollout.prompts_per_iteration % (ranks * config.train.updates_per_iteration):
+            raise UserError(
+                f"rollout.prompts_per_iteration: got {config.rollout.prompts_per_iteration}; must "
+                f"be a multiple of {ranks} processes x {config.train.updates_per_iteration} "
+                "updates per iteration"
+            )
+        torch.manual_seed(config.train.seed)
+        self.policy: Policy = load_policy(
+            config.model.path,
+            device=self.accelerator.device,
+            dtype=getattr(torch, config.model.dtype),
+            steps=config.rollout.steps,
+            guidance_scale=config.model.guidance_scale,
+            height=config.model.height,
+            width=config.model.width,
+            max_sequence_length=config.model.max_sequence_length,
+        )
+        # Building the transitions refuses a step without a density before any sampling.
+        for start in range(schedule.starts):
+            self._transitions(build_plan(config.rollout, start))
+        if config.model.lora_rank:
+            self.policy.add_lora(
+                config.model.lora_rank,
+                config.model.lora_alpha or 2 * config.model.lora_rank,
+                config.model.lora_targets,
+            )
+        self.policy.transformer.eval()  # no dropout: the ratio compares the same function
+        self.parameters = [p for p in self.policy.transformer.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=config.train.learning_rate,
+            betas=(config.train.adam_beta1, config.train.adam_beta2),
+            weight_decay=config.train.weight_decay,
+        )
+        self.policy.transformer, self.optimizer = self.accelerator.prepare(
+            self.policy.transformer, optimizer
+        )
+        decay = config.train.ema_decay
+        self.average = None if decay is None else EMAModel(self.parameters, decay=decay)
+        self.reference = self._build_reference()
+        self.iteration = 0
+        self.seconds = 0.0
+        self.rollout_forwards = 0
+        self.update_forwards = 0
+
+    def iterate(self) -> dict[str, float]:
+        """One iteration; returns its metrics."""
+        config, watch = self.config, _Stopwatch(self.policy.device)
+        self._set_learning_rate()
+        state = self.sampler.state_dict()
+        try:
+            with watch("rollout"):
+                window_start = self.window.at(self.iteration)
+                shape = build_plan(config.rollout, window_start)
+                prompts = self._own_share(self.sampler.next(config.rollout.prompts_per_iteration))
+                predict = self._predictor(prompts)
+                forest = self._rollout(predict, prompts, shape)
+            with watch("decode"):
+                images = self.policy.decode(forest.leaves.flatten(0, 1), config.rollout.max_batch)
+            with watch("reward"):
+                rewards = self._score(images, prompts)
+        except BaseException:
+            # The iteration did not happen: a resumed run draws these prompts again.
+            self.sampler.load_state_dict(state)
+            raise
+        advantages = self._advantages(rewards, forest)
+        with watch("update"):
+            first, all_updates, gradient_norm = self._update(
+                predict, forest, advantages, self._reference_predictor(prompts)
+            )
+        self._check_ratio(first)
+        self.iteration += 1
+        self.seconds += watch.total
+        self.rollout_forwards += forest.forwards * self.accelerator.num_processes
+        self.update_forwards += all_updates.forwards * self.accelerator.num_processes
+        return {
+            "iteration": self.iteration - 1,
+            **self._reward_metrics(rewards),
+            "ratio_error": first.ratio_error,
+            "ratio_mean": all_updates.ratio_mean,
+            "ratio_min": all_updates.ratio_min,
+            "ratio_max": all_updates.ratio_max,
+            "clip_fraction": all_updates.clip_fraction,
+            "kl": all_updates.kl,
+            "loss": all_updates.loss,
+            "gradient_norm": gradient_norm,
+            "effective_sample_size": advantages.effective_sample_size,
+            "window_start": window_start,
+            "rollout_forwards": forest.forwards,
+            "update_forwards": all_updates.forwards,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "seconds": watch.total,
+            **{f"seconds_{name}": seconds for name, seconds in watch.seconds.items()},
+        }
+
+    # --- the stages of an iteration ---
+
+    def _own_share(self, prompts: list[str]) -> list[str]:
+        """This process's prompts; a prompt's whole group lives on one process."""
+        return prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+
+    def _predictor(self, prompts: Sequence[str]) -> Predict:
+        return self.policy.predictor(self.policy.encode(prompts), self.config.rollout.steps)
+
+    def _transitions(self, shape: RolloutPlan) -> Any:
+        config = self.config.rollout
+        return transitions(
+            self.policy.schedule(config.steps),
+            shape.stochastic,
+            config.transition,
+            config.noise_level,
+        )
+
+    def _rollout(self, predict: Predict, prompts: Sequence[str], shape: RolloutPlan) -> Rollout:
+        # Seeded by the iteration, so that a resumed run draws what the unbroken one would have.
+        seed = (self.config.train.seed * 1_000_003 + self.iteration) * 4096
+        generator = torch.Generator(self.policy.device)
+        generator.manual_seed(seed + self.accelerator.process_index)
+        noise = self.policy.noise(len(prompts) * shape.roots, generator)
+        return rollout(
+            predict,
+            noise.view(len(prompts), shape.roots, *noise.shape[1:]),
+            shape,
+            self.policy.schedule(self.config.rollout.steps),
+            self._transitions(shape),
+            max_batch=self.config.rollout.max_batch,
+            reduction=self.config.objective.log_prob_reduction,
+            generator=generator,
+            keep_means=self.config.objective.guard,
+        )
+
+    def _score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Reward name to float32 [prompts, leaves]."""
+        leaves = len(images) // len(prompts)
+        repeated = [prompt for prompt in prompts for _ in range(leaves)]
+        folder = self.config.output / "failed_reward"
+        return {
+            name: score(name, reward, images, repeated, None, folder).view(len(prompts), leaves)
+            for name, reward in self.rewards.items()
+        }
+
+    def _advantages(self, rewards: dict[str, Tensor], forest: Rollout) -> EdgeAdvantages:
+        settings = self.config.advantage
+        trained = [r for r in self.config.rewards if r.weight > 0]
+        values = [rewards[r.name].to(self.policy.device) for r in trained]
+        everyone = (
+            [self.accelerator.gather(v) for v in values] if settings.std == "global" else None
+        )
+        leaves = leaf_advantages(
+            values,
+            [r.weight for r in trained],
+            std=settings.std,
+            ddof=settings.ddof,
+            eps=settings.eps,
+            advantage_clip=settings.advantage_clip,
+            populations=everyone,
+        )
+        if self.config.rollout.method == "branch_grpo":
+            return depth_normalized(leaves, forest.plan)
+        return backup(
+            leaves,
+            [level.log_prob for level in forest.levels],
+            forest.plan,
+            mode=settings.backup,
+            temperature=settings.backup_temperature,
+        )
+
+    def _update(
+        self,
+        predict: Predict,
+        forest: Rollout,
+        advantages: EdgeAdvantages,
+        reference: Predict | None,
+    ) -> tuple[UpdateStatistics, UpdateStatistics, float]:
+        """Optimizer steps; returns the first one's statistics, all of them, and the mean norm."""
+        config = self.config
+        prompts, parts = forest.leaves.shape[0], config.train.updates_per_iteration
+        share = prompts // parts
+        each: list[UpdateStatistics] = []
+        norms: list[float] = []
+        for _ in range(config.train.inner_epochs):
+            for part in range(parts):
+                statistics = UpdateStatistics()
+                for loss in losses(
+                    predict,
+                    forest,
+                    advantages.levels,
+                    clip_low=config.objective.clip_low,
+                    clip_high=config.objective.clip_high,
+                    micro_batch=config.train.micro_batch,
+                    prompts=slice(part * share, (part + 1) * share),
+                    kl_weight=config.objective.kl_weight,
+                    reference=reference,
+                    guard=config.objective.guard,
+                    statistics=statistics,
+                ):
+                    self.accelerator.backward(loss)
+                norm = self.accelerator.clip_grad_norm_(self.parameters, config.train.max_grad_norm)
+                norms.append(float(norm))
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+                if self.average is not None:
+                    self.average.step(self.parameters)
+                each.append(statistics)
+        total = UpdateStatistics()
+        for statistics in each:
+            total.merge(statistics)
+        return each[0], total, sum(norms) / len(norms)
+
+    # --- what surrounds them ---
+
+    def _set_learning_rate(self) -> None:
+        warmup = self.config.train.warmup_iterations
+        factor = min(1.0, (self.iteration + 1) / (warmup + 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.train.learning_rate * factor
+
+    def _check_ratio(self, first: UpdateStatistics) -> None:
+        if self.iteration == 0 and first.ratio_error > LARGEST_RATIO_ERROR:
+            raise RuntimeError(
+                f"the first update's ratio is off 1 by {first.ratio_error:.2e} (allowed: "
+                f"{LARGEST_RATIO_ERROR}): the model does not reproduce the log-probabilities that "
+                "it sampled with; look for dropout, a changing batch dependence, or try "
+                "model.dtype=float32"
+            )
+
+    def _reward_metrics(self, rewards: dict[str, Tensor]) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        gathered = {
+            name: self.accelerator.gather(values.to(self.policy.device)).cpu()
+            for name, values in rewards.items()
+        }
+        main = next(r.name for r in self.config.rewards if r.weight > 0)
+        for name, values in gathered.items():
+            figures = {
+                "reward": values.mean().item(),
+                "reward_std": values.std(correction=0).item(),
+                "reward_std_within_group": values.std(1, correction=0).mean().item(),
+                "groups_without_signal": without_signal(values).sum().item(),
+            }
+            if name == main:
+                metrics |= figures
+            metrics |= {f"{key}/{name}": value for key, value in figures.items()}
+        accuracy = self.config.evaluation.accuracy
+        if accuracy in gathered:
+            metrics["accuracy"] = gathered[accuracy].mean().item()
+        return metrics
+
+    def _build_reference(self) -> torch.nn.Module | None:
+        """A frozen copy of the initial model, where the KL term needs one (LoRA needs none)."""
+        if self.config.objective.kl_weight == 0 or self.config.model.lora_rank:
+            return None
+        import copy
+
+        model = self.accelerator.unwrap_model(self.policy.transformer)
+        return copy.deepcopy(model).requires_grad_(False)
+
+    def _reference_predictor(self, prompts: Sequence[str]) -> Predict | None:
+        if self.config.objective.kl_weight == 0:
+            return None
+        if self.reference is not None:
+            conditioning = self.policy.encode(prompts)
+            return self.policy.predictor(conditioning, self.config.rollout.steps, self.reference)
+        model = self.accelerator.unwrap_model(self.policy.transformer)
+        current = self._predictor(prompts)
+
+        def without_adapter(x: Tensor, step: int, prompt_index: Tensor) -> Tensor:
+            model.disable_adapters()
+            try:
+                return current(x, step, prompt_index)
+            finally:
+                model.enable_adapters()
+
+        return without_adapter
+
+    def evaluate(self) -> Evaluation:
+        """The current policy (its average, if one is kept) on the held-out prompts."""
+        with self._averaged():
+            return evaluate(
+                self.policy,
+                self.held_out,
+                self._watched(),
+                images_per_prompt=self.config.evaluation.images_per_prompt,
+                steps=self.config.rollout.steps,
+                seed=self.config.evaluation.seed,
+                max_batch=self.config.rollout.max_batch,
+                keep_prompts=PICTURED_PROMPTS,
+                keep_folder=self.config.output / "failed_reward",
+            )
+
+    def _watched(self) -> dict[str, Reward]:
+        name = self.config.evaluation.accuracy
+        if name is None or name in self.rewards:
+            return self.rewards
+        return {**self.rewards, name: load_reward(name)}
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, if an average is kept."""
+        if self.average is None:
+            yield
+            return
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(self.parameters)
+
+    def state_bytes(self) -> int:
+        """About what the checkpoint and the exported model take on disk."""
+        trained = sum(p.numel() * p.element_size() for p in self.parameters)
+        copies = 3 + (self.average is not None)  # weights, two moments, average
+        exported = trained if self.config.model.lora_rank else self.policy.bytes()
+        return copies * trained + exported
+
+    def save(self) -> None:
+        """Write the state from which `load` continues exactly."""
+        if not self.is_main:
+            return
+        state = {
+            "iteration": self.iteration,
+            "seconds": self.seconds,
+            "rollout_forwards": self.rollout_forwards,
+            "update_forwards": self.update_forwards,
+            "parameters": [p.detach().cpu() for p in self.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+            "sampler": self.sampler.state_dict(),
+        }
+        checkpoint.save_state(self.config.output, state)
+
+    def load(self) -> None:
+        state = checkpoint.load_state(self.config.output)
+        self.iteration = state["iteration"]
+        self.seconds = state["seconds"]
+        self.rollout_forwards = state["rollout_forwards"]
+        self.update_forwards = state["update_forwards"]
+        with torch.no_grad():
+            for parameter, stored in zip(self.parameters, state["parameters"], strict=True):
+                parameter.copy_(stored)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+            self.average.to(self.policy.device)
+        self.sampler.load_state_dict(state["sampler"])
+        if self.is_main:
+            for name in (checkpoint.METRICS_FILE, checkpoint.EVALUATIONS_FILE):
+                checkpoint.drop_lines_from(self.config.output / name, self.iteration)
+
+    def export(self, folder: Path) -> None:
+        """Write the trained model for diffusers."""
+        with self._averaged():
+            self.policy.save(folder, base_model=self.config.model.path)
+
+
+class _Log:
+    """Metrics to JSONL and TensorBoard."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def metrics(self, metrics: dict[str, float]) -> None:
+        checkpoint.append_line(self._folder / checkpoint.METRICS_FILE, metrics)
+        for name, value in metrics.items():
+            self._board.add_scalar(f"train/{name}", value, int(metrics["iteration"]))
+
+    def evaluation(self, iteration: int, evaluation: Evaluation) -> None:
+        means = {name: evaluation.mean(name) for name in evaluation.scores}
+        errors = {
+            f"{name}_standard_error": evaluation.standard_error(name) for name in evaluation.scores
+        }
+        record = {"iteration": iteration, **means, **errors, "seconds": evaluation.seconds}
+        checkpoint.append_line(self._folder / checkpoint.EVALUATIONS_FILE, record)
+        for name, value in means.items():
+            self._board.add_scalar(f"held_out/{name}", value, iteration)
+
+    def close(self) -> None:
+        self._board.close()
+
+
+class _Stopwatch:
+    """Seconds per named stage; waits for the device, so that a stage gets its own time."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[name] = time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        return time.perf_counter() - self._start
+
+
+@dataclass
+class _Stop:
+    requested: bool = False
+
+
+@contextmanager
+def _stop_signal() -> Iterator[_Stop]:
+    """The first Ctrl-C asks the loop to end after its iteration; the second one interrupts it."""
+    stop = _Stop()
+
+    def handle(signal_number: int, frame: Any) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        print("\nstopping after this iteration; press Ctrl-C again to stop at once", flush=True)
+
+    try:
+        previous = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not in the main thread: leave signals to whoever owns them
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _write_versions(folder: Path) -> None:
+    packages = ("treegrpo", "torch", "diffusers", "transformers", "accelerate", "peft")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    checkpoint.write_atomically(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
+
+
+def _figures(evaluation: Evaluation) -> str:
+    return "  ".join(f"{name} {evaluation.mean(name):.3f}" for name in evaluation.scores)
+
+
+def _report(
+    config: Config,
+    before: Evaluation,
+    after: Evaluation,
+    result: TrainingResult,
+    display: Display,
+) -> None:
+    """Pictures, summary.json and the closing table."""
+    from treegrpo.report.pictures import before_after, training_curve
+
+    folder, accuracy = result.folder, config.evaluation.accuracy
+    summary = asdict(result) | {"folder": str(folder)}
+    checkpoint.write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    minutes = result.seconds / 60
+    labels = ["before", f"after {minutes:.0f} minutes"]
+    correct: list[Tensor | None] = [None, None]
+    if accuracy is not None:
+        for index, evaluation in enumerate((before, after)):
+            labels[index] += f": {evaluation.mean(accuracy):.0%} right"
+            correct[index] = evaluation.scores[accuracy][: len(evaluation.images)] > 0.5
+    before_after(
+        folder / "before_after.png",
+        before.prompts[: len(before.images)],
+        before.images,
+        after.images,
+        *correct,
+        label_before=labels[0],
+        label_after=labels[1],
+    )
+    evaluations = checkpoint.read_lines(folder / checkpoint.EVALUATIONS_FILE)
+    main = next(r.name for r in config.rewards if r.weight > 0)
+    for record in evaluations:
+        record["reward"] = record[main]
+        if accuracy is not None:
+            record["accuracy"] = record[accuracy]
+    training_curve(
+        folder / "curve.png", checkpoint.read_lines(folder / checkpoint.METRICS_FILE), evaluations
+    )
+    rows = [
+        (
+            f"{name} on {len(before.prompts)} held-out prompts",
+            f"{result.before[name]:.3f} -> {result.after[name]:.3f}",
+        )
+        for name in before.scores
+    ]
+    rows += [
+        ("iterations", f"{result.iterations}"),
+        ("training time", f"{int(result.seconds // 60)} min {result.seconds % 60:02.0f} s"),
+        (
+            "model forwards",
+            f"{result.rollout_forwards:,} rollout, {result.update_forwards:,} update",
+        ),
+        ("before and after", str(folder / "before_after.png")),
+        ("reward curve", str(folder / "curve.png")),
+        ("metrics", str(folder / checkpoint.METRICS_FILE)),
+        ("trained model", str(folder / "model")),
+    ]
+    display.table("interrupted; what was trained is saved" if result.interrupted else "done", rows)
+    if result.interrupted:
+        display.say("continue with the same command and --resume")

@@ -1,0 +1,211 @@
+"""One denoising step: noise schedules and the ODE, SDE, CPS and DDIM transitions between levels.
+
+A state is `x = alpha * clean + sigma * noise`. The model's output at x is turned into its estimate
+of the pair (clean, noise) once; after that every transition of the family is the same Gaussian
+
+    x' ~ Normal(clean_weight * clean + noise_weight * noise, std^2)
+
+and the transitions differ in three numbers per step. Arithmetic is float32 whatever the model's
+dtype.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from treegrpo.plan import PlanError
+
+Prediction = Literal["velocity", "epsilon", "v_prediction", "sample"]
+TransitionKind = Literal["flow_sde", "dance_sde", "cps", "ddim"]
+Reduction = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise levels from the first (all or most noise) to the last (none): T + 1 of each.
+
+    Attributes:
+        alpha, sigma: the weights of the clean sample and of the noise at each level; sigma falls.
+        prediction: what the model's output is.
+    """
+
+    alpha: tuple[float, ...]
+    sigma: tuple[float, ...]
+    prediction: Prediction = "velocity"
+
+    def __post_init__(self) -> None:
+        if len(self.alpha) != len(self.sigma) or len(self.sigma) < 2:
+            raise PlanError(
+                f"schedule: got {len(self.alpha)} alphas and {len(self.sigma)} sigmas; both need "
+                "one value per level, at least 2"
+            )
+        if any(
+            later >= earlier for earlier, later in zip(self.sigma, self.sigma[1:], strict=False)
+        ):
+            raise PlanError(f"schedule: sigmas must fall strictly; got {self.sigma}")
+
+    @property
+    def steps(self) -> int:
+        return len(self.sigma) - 1
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether this is the rectified flow, `alpha = 1 - sigma`."""
+        return all(
+            abs(alpha + sigma - 1) < 1e-6
+            for alpha, sigma in zip(self.alpha, self.sigma, strict=True)
+        )
+
+
+def flow_schedule(sigmas: Sequence[float]) -> Schedule:
+    """The rectified flow's schedule from its sigmas (from 1 down to 0)."""
+    return Schedule(tuple(1.0 - float(sigma) for sigma in sigmas), tuple(map(float, sigmas)))
+
+
+def variance_preserving_schedule(
+    alphas_cumprod: Sequence[float], prediction: Prediction = "epsilon"
+) -> Schedule:
+    """The diffusion schedule `alpha^2 + sigma^2 = 1` from the kept levels' cumulative alphas."""
+    alpha = tuple(math.sqrt(float(value)) for value in alphas_cumprod)
+    sigma = tuple(math.sqrt(1.0 - float(value)) for value in alphas_cumprod)
+    return Schedule(alpha, sigma, prediction)
+
+
+@dataclass(frozen=True)
+class Transition:
+    """`x' ~ Normal(clean_weight * clean + noise_weight * noise, std^2)`; std 0: deterministic."""
+
+    clean_weight: float
+    noise_weight: float
+    std: float
+
+    def mean(self, clean: Tensor, noise: Tensor) -> Tensor:
+        return self.clean_weight * clean + self.noise_weight * noise
+
+
+def ode(schedule: Schedule, step: int) -> Transition:
+    """First-order deterministic step: DDIM with eta 0, the Euler step of the rectified flow."""
+    return Transition(schedule.alpha[step + 1], schedule.sigma[step + 1], 0.0)
+
+
+def stochastic(
+    schedule: Schedule, step: int, kind: TransitionKind, noise_level: float
+) -> Transition:
+    """The sampled transition of a step.
+
+    - `flow_sde` (Flow-GRPO, arXiv 2505.05470) and `dance_sde` (DanceGRPO, arXiv 2505.07818):
+      `mean = x + (v + s^2 / (2 sigma) * noise) * dt`, `std = s * sqrt(-dt)`, dt = sigma' - sigma;
+      s is `noise_level * sqrt(sigma / (1 - sigma))` (the denominator's sigma is the schedule's
+      second where sigma = 1) and `noise_level`. Rectified flow only. Substituting
+      `v = noise - clean` gives the weights below.
+    - `cps` (arXiv 2509.05952): `std = sigma' * sin(noise_level * pi / 2)`.
+    - `ddim` (arXiv 2010.02502, eta = noise_level):
+      `std = eta * sigma' / sigma * sqrt(1 - alpha^2 / alpha'^2)`.
+      For both, the noise's weight is what keeps the level's total: `sqrt(sigma'^2 - std^2)`.
+
+    Raises:
+        PlanError: the transition has no density (std 0), or needs a rectified flow.
+    """
+    alpha, sigma = schedule.alpha[step], schedule.sigma[step]
+    next_alpha, next_sigma = schedule.alpha[step + 1], schedule.sigma[step + 1]
+    if kind in ("flow_sde", "dance_sde"):
+        if not schedule.is_flow:
+            raise PlanError(
+                f"transition: {kind} is defined for rectified flows (alpha = 1 - sigma) only; for "
+                "this schedule use ddim or cps"
+            )
+        time_step = next_sigma - sigma
+        scale = noise_level
+        if kind == "flow_sde":
+            bounded = sigma if sigma < 1 else schedule.sigma[1]
+            scale = noise_level * math.sqrt(sigma / (1 - bounded))
+        std = scale * math.sqrt(-time_step)
+        noise_weight = next_sigma + scale**2 / (2 * sigma) * time_step
+    else:
+        if kind == "cps":
+            std = next_sigma * math.sin(noise_level * math.pi / 2)
+        else:
+            std = noise_level * next_sigma / sigma * math.sqrt(1 - (alpha / next_alpha) ** 2)
+        if std > next_sigma * (1 + 1e-12):
+            raise PlanError(
+                f"noise_level: got {noise_level}; {kind} needs it in 0..1, or step {step} would "
+                "add more noise than its next level holds"
+            )
+        noise_weight = math.sqrt(max(next_sigma**2 - std**2, 0.0))
+    if std <= 0:
+        raise PlanError(
+            f"step {step}: a {kind} transition from sigma {sigma:.4g} to {next_sigma:.4g} at "
+            f"noise level {noise_level} has standard deviation 0, so it has no density and cannot "
+            "be trained; make the step deterministic (for the flat methods: "
+            "deterministic_final_step) or move the window"
+        )
+    return Transition(next_alpha, noise_weight, std)
+
+
+def transitions(
+    schedule: Schedule,
+    stochastic_steps: Sequence[bool],
+    kind: TransitionKind = "flow_sde",
+    noise_level: float = 0.7,
+) -> tuple[Transition, ...]:
+    """Every step's transition for a plan's `stochastic` flags.
+
+    Raises:
+        PlanError: as `stochastic`, or the schedule and the plan differ in their number of steps.
+    """
+    if schedule.steps != len(stochastic_steps):
+        raise PlanError(
+            f"steps: the plan has {len(stochastic_steps)} but the schedule has {schedule.steps}"
+        )
+    return tuple(
+        stochastic(schedule, step, kind, noise_level) if sampled else ode(schedule, step)
+        for step, sampled in enumerate(stochastic_steps)
+    )
+
+
+def clean_and_noise(
+    output: Tensor, x: Tensor, schedule: Schedule, step: int
+) -> tuple[Tensor, Tensor]:
+    """The model's estimates of the clean sample and of the noise in x, in float32 (or float64).
+
+    Args:
+        output, x: [rows, ...]; the model's output at x, which stands at level `step`.
+    """
+    output, x = _at_least_float32(output), _at_least_float32(x)
+    alpha, sigma = schedule.alpha[step], schedule.sigma[step]
+    match schedule.prediction:
+        case "velocity":
+            return x - sigma * output, x + (1 - sigma) * output
+        case "epsilon":
+            return (x - sigma * output) / alpha, output
+        case "v_prediction":
+            return alpha * x - sigma * output, sigma * x + alpha * output
+        case "sample":
+            return output, (x - alpha * output) / sigma
+
+
+def log_prob(x: Tensor, mean: Tensor, std: float, reduction: Reduction = "mean") -> Tensor:
+    """Log-density of x under Normal(mean, std^2), float32.
+
+    Args:
+        x, mean: [rows, ...] (or broadcastable, with the rows' dimensions leading).
+        reduction: `mean` over each row's dimensions, as all published code does, or `sum`, the
+            exact density.
+
+    Returns:
+        One number per row: reduced over every dimension but the first.
+    """
+    deviation = (_at_least_float32(x) - mean) / std
+    density = -0.5 * deviation.square() - (math.log(std) + 0.5 * math.log(2 * math.pi))
+    flat = density.flatten(1)
+    return flat.mean(1) if reduction == "mean" else flat.sum(1)
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,0 +1,369 @@
+"""The objective: first ratio, gradient, batching, clipping, KL divergence and GRPO-Guard."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from gaussian import Gaussian
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from treegrpo.advantage import backup, leaf_advantages
+from treegrpo.objective import UpdateStatistics, clipped_surrogate, gaussian_kl, losses
+from treegrpo.plan import RolloutPlan, flow_grpo, tree_grpo
+from treegrpo.rollout import Rollout, rollout
+from treegrpo.transition import Reduction, clean_and_noise, flow_schedule, transitions
+
+DIMENSIONS, PROMPTS, STEPS = 3, 3, 5
+SCHEDULE = flow_schedule([1 - level / STEPS for level in range(STEPS + 1)])
+TREE = tree_grpo(STEPS, branching=3, window_size=2, window_start=1, trees=2)
+EXACT = Gaussian(SCHEDULE, torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64), 0.5)
+
+
+class Policy(torch.nn.Module):
+    """The exact model plus a small network of the state, the step and the prompt."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.weight = torch.nn.Parameter(
+            0.3 * torch.randn(DIMENSIONS, DIMENSIONS, dtype=dtype, generator=generator)
+        )
+        self.bias = torch.nn.Parameter(
+            0.3 * torch.randn(PROMPTS, STEPS, DIMENSIONS, dtype=dtype, generator=generator)
+        )
+
+    def forward(self, x: Tensor, step: int, prompt_index: Tensor) -> Tensor:
+        offset = torch.tanh(x @ self.weight + self.bias[prompt_index, step])
+        return EXACT(x, step, prompt_index) + offset
+
+
+def forest_of(
+    policy: Policy,
+    plan: RolloutPlan = TREE,
+    *,
+    reduction: Reduction = "mean",
+    max_batch: int | None = None,
+    keep_means: bool = False,
+) -> tuple[Rollout, tuple[Tensor, ...]]:
+    """A forest and its edges' advantages, always from the same draws."""
+    generator = torch.Generator().manual_seed(7)
+    shape = (PROMPTS, plan.roots, DIMENSIONS)
+    noise = torch.randn(shape, dtype=policy.weight.dtype, generator=generator)
+    forest = rollout(
+        policy,
+        noise,
+        plan,
+        SCHEDULE,
+        transitions(SCHEDULE, plan.stochastic),
+        reduction=reduction,
+        max_batch=max_batch,
+        keep_means=keep_means,
+        generator=generator,
+    )
+    values = leaf_advantages([forest.leaves.sum(-1)], [1.0])
+    return forest, backup(values, [level.log_prob for level in forest.levels], plan).levels
+
+
+def gradient(policy: Policy, run: Callable[[], None]) -> Tensor:
+    policy.zero_grad()
+    run()
+    grads = [parameter.grad for parameter in policy.parameters()]
+    return torch.cat([grad.flatten() for grad in grads if grad is not None])
+
+
+def moved(policy: Policy, distance: float = 0.02) -> Policy:
+    """Another policy near by, so that ratios are not 1 and some are clipped."""
+    other = Policy(policy.weight.dtype)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter += distance * torch.randn(
+                parameter.shape, dtype=parameter.dtype, generator=generator
+            )
+    return other
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_first_update_has_ratio_one_and_the_plain_policy_gradient(
+    dtype: torch.dtype, reduction: Reduction
+) -> None:
+    policy = Policy(dtype)
+    forest, advantages = forest_of(policy, reduction=reduction)
+    statistics = UpdateStatistics()
+
+    def clipped() -> None:
+        for loss in losses(policy, forest, advantages, statistics=statistics):
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def plain() -> None:
+        total = torch.zeros((), dtype=dtype)
+        for level, advantage in zip(forest.levels, advantages, strict=True):
+            parents = level.nodes.repeat_interleave(TREE.branching[level.step], 1).flatten(0, 1)
+            index = torch.arange(PROMPTS).repeat_interleave(len(parents) // PROMPTS)
+            output = policy(parents, level.step, index)
+            clean, noise = clean_and_noise(output, parents, SCHEDULE, level.step)
+            density = Normal(level.transition.mean(clean, noise), level.transition.std).log_prob(
+                level.children.flatten(0, 1)
+            )
+            scores = density.mean(1) if reduction == "mean" else density.sum(1)
+            total = total - (advantage.flatten() * scores).sum()
+        (total / (PROMPTS * TREE.edges)).backward()  # type: ignore[no-untyped-call]
+
+    actual, expected = gradient(policy, clipped), gradient(policy, plain)
+    assert statistics.ratio_error < 1e-6
+    assert statistics.ratio_min == pytest.approx(1.0, abs=1e-6)
+    assert statistics.ratio_max == pytest.approx(1.0, abs=1e-6)
+    assert statistics.clipped == 0
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    assert expected.abs().max() > 1e-3
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 7, 1000])
+def test_micro_batches_do_not_change_the_summed_gradient(micro_batch: int) -> None:
+    behavior = Policy()
+    forest, advantages = forest_of(behavior, keep_means=True)
+    policy = moved(behavior)
+
+    def run(size: int | None, statistics: UpdateStatistics) -> Callable[[], None]:
+        def backward() -> None:
+            for loss in losses(
+                policy,
+                forest,
+                advantages,
+                clip_low=0.01,
+                clip_high=0.02,
+                micro_batch=size,
+                kl_weight=0.1,
+                reference=behavior,
+                guard=True,
+                statistics=statistics,
+            ):
+                loss.backward()  # type: ignore[no-untyped-call]
+
+        return backward
+
+    whole, parts = UpdateStatistics(), UpdateStatistics()
+    expected = gradient(policy, run(None, whole))
+    actual = gradient(policy, run(micro_batch, parts))
+    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
+    # The step is such that the clip acts on some edges and not on others.
+    assert 0 < whole.clipped == parts.clipped < whole.edges
+    for name in ("loss", "ratio_mean", "ratio_min", "ratio_max", "kl", "clip_fraction"):
+        assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-10), name
+
+
+@pytest.mark.parametrize("max_batch", [1, 5, 1000])
+def test_model_batches_do_not_change_the_rollout(max_batch: int) -> None:
+    whole, _ = forest_of(Policy())
+    parts, _ = forest_of(Policy(), max_batch=max_batch)
+    assert parts.forwards == whole.forwards
+    torch.testing.assert_close(parts.leaves, whole.leaves, rtol=1e-12, atol=1e-12)
+    for one, other in zip(parts.levels, whole.levels, strict=True):
+        torch.testing.assert_close(one.children, other.children, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(one.log_prob, other.log_prob, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_kl_is_torchs(reduction: Reduction) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mean, reference = torch.randn(2, 5, 3, 4, dtype=torch.float64, generator=generator)
+    exact = kl_divergence(Normal(mean, 0.3), Normal(reference, 0.3)).flatten(1)
+    expected = exact.mean(1) if reduction == "mean" else exact.sum(1)
+    torch.testing.assert_close(gaussian_kl(mean, reference, 0.3, reduction), expected)
+
+
+def test_kl_to_the_reference_is_averaged_over_edges_and_weighted() -> None:
+    behavior = Policy()
+    forest, advantages = forest_of(behavior)
+    reference, statistics = moved(behavior, 0.5), UpdateStatistics()
+    without = sum(float(loss) for loss in losses(behavior, forest, advantages))
+    with_kl = sum(
+        float(loss)
+        for loss in losses(
+            behavior,
+            forest,
+            advantages,
+            kl_weight=0.5,
+            reference=reference,
+            statistics=statistics,
+        )
+    )
+    total = 0.0
+    for level in forest.levels:
+        rows = level.nodes.flatten(0, 1)
+        index = torch.arange(PROMPTS).repeat_interleave(level.nodes.shape[1])
+        means = [
+            level.transition.mean(
+                *clean_and_noise(model(rows, level.step, index), rows, SCHEDULE, level.step)
+            )
+            for model in (behavior, reference)
+        ]
+        std = level.transition.std
+        divergence = kl_divergence(Normal(means[0], std), Normal(means[1], std)).mean(1)
+        total += level.branching * float(divergence.sum())
+    expected = total / (PROMPTS * TREE.edges)
+    assert statistics.kl == pytest.approx(expected, rel=1e-10)
+    assert with_kl - without == pytest.approx(0.5 * expected, rel=1e-10)
+    with pytest.raises(ValueError, match=r"kl_weight: got 0\.5 without a reference"):
+        next(losses(behavior, forest, advantages, kl_weight=0.5))
+
+
+def test_clipping_by_hand() -> None:
+    ratio = torch.tensor([0.5, 0.95, 1.0, 1.1, 2.0] * 2, dtype=torch.float64, requires_grad=True)
+    advantage = torch.tensor([3.0] * 5 + [-3.0] * 5, dtype=torch.float64)
+    loss, clipped = clipped_surrogate(ratio, advantage, clip_low=0.1, clip_high=0.2)
+    expected = [-1.5, -2.85, -3.0, -3.3, -3.6, 2.7, 2.85, 3.0, 3.3, 6.0]
+    assert loss.tolist() == pytest.approx(expected, rel=1e-12)
+    # Only where the clip lowers the objective: too likely a good edge, too unlikely a bad one.
+    assert clipped.nonzero().flatten().tolist() == [4, 5]
+    (slope,) = torch.autograd.grad(loss.sum(), ratio)
+    assert slope.tolist() == pytest.approx([-3, -3, -3, -3, 0, 0, 3, 3, 3, 3])
+
+
+def test_guard_by_hand() -> None:
+    """`ratio = exp((difference of log-probs + mean|dmu|^2 / (2 std^2)) * std)`, loss over -dt."""
+    behavior = Policy()
+    plan = RolloutPlan(1, (1, 2, 1, 1, 1), (False, True, False, False, False))
+    forest, _ = forest_of(behavior, plan, keep_means=True)
+    policy = moved(behavior, 0.1)
+    (level,) = forest.levels
+    advantage = torch.tensor([[1.0, -2.0], [0.5, 1.0], [-1.0, 3.0]], dtype=torch.float64)
+
+    std, dt = level.transition.std, SCHEDULE.sigma[2] - SCHEDULE.sigma[1]
+    total = 0.0
+    ratios = []
+    for prompt in range(PROMPTS):
+        node = level.nodes[prompt]
+        velocity = policy(node, 1, torch.tensor([prompt]))
+        clean, noise = clean_and_noise(velocity, node, SCHEDULE, 1)
+        new = level.transition.mean(clean, noise)[0]
+        assert level.mean is not None
+        old = level.mean[prompt, 0]
+        drift = ((new - old) ** 2).mean() / (2 * std**2)
+        for child in range(2):
+            x = level.children[prompt, child]
+            difference = (Normal(new, std).log_prob(x) - Normal(old, std).log_prob(x)).mean()
+            ratios.append(math.exp(float(difference + drift) * std))
+            total += -ratios[-1] * float(advantage[prompt, child]) / -dt / 6
+
+    statistics = UpdateStatistics()
+    (loss,) = losses(
+        policy,
+        forest,
+        [advantage],
+        clip_low=10.0,
+        clip_high=10.0,
+        guard=True,
+        statistics=statistics,
+    )
+    assert float(loss.detach()) == pytest.approx(total, rel=1e-10)
+    assert statistics.ratio_mean == pytest.approx(sum(ratios) / 6, rel=1e-10)
+    assert statistics.ratio_error == pytest.approx(max(abs(r - 1) for r in ratios), rel=1e-10)
+
+    bare, _ = forest_of(behavior, plan)
+    with pytest.raises(ValueError, match="guard: the rollout was made without keep_means"):
+        next(losses(policy, bare, [advantage], guard=True))
+
+
+def test_slices_of_prompts_add_up_to_the_whole() -> None:
+    """Each slice averages over its own edges, so it counts by its share of the prompts."""
+    behavior = Policy()
+    forest, advantages = forest_of(behavior)
+    policy = moved(behavior)
+
+    def run(parts: list[slice], statistics: UpdateStatistics) -> Callable[[], None]:
+        def backward() -> None:
+            for part in parts:
+                share = len(range(*part.indices(PROMPTS))) / PROMPTS
+                for loss in losses(
+                    policy,
+                    forest,
+                    advantages,
+                    clip_low=0.05,
+                    clip_high=0.05,
+                    prompts=part,
+                    micro_batch=5,
+                    statistics=statistics,
+                ):
+                    (share * loss).backward()  # type: ignore[no-untyped-call]
+
+        return backward
+
+    whole, sliced = UpdateStatistics(), UpdateStatistics()
+    expected = gradient(policy, run([slice(None)], whole))
+    actual = gradient(policy, run([slice(0, 1), slice(1, 10)], sliced))
+    assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
+    assert (sliced.edges, sliced.forwards) == (whole.edges, whole.forwards)
+
+
+def test_statistics_of_two_ranks_merge() -> None:
+    behavior = Policy()
+    forest, advantages = forest_of(behavior)
+    policy = moved(behavior)
+    whole, first, second = (UpdateStatistics() for _ in range(3))
+    for part, statistics in (
+        (slice(None), whole),
+        (slice(0, 2), first),
+        (slice(2, 3), second),
+    ):
+        for _ in losses(policy, forest, advantages, prompts=part, statistics=statistics):
+            pass
+    first.merge(second)
+    for name in ("edges", "forwards", "ratio_mean", "ratio_min", "ratio_max", "ratio_error"):
+        assert getattr(first, name) == pytest.approx(getattr(whole, name), rel=1e-10), name
+
+
+def test_a_flat_plan_is_plain_grpo() -> None:
+    """Against GRPO written for trajectories, with no forest anywhere."""
+    behavior, group = Policy(), 4
+    plan = flow_grpo(STEPS, group_size=group)
+    forest, advantages = forest_of(behavior, plan)
+    policy = moved(behavior)
+    low, high = 0.01, 0.02
+
+    def forest_loss() -> None:
+        for loss in losses(policy, forest, advantages, clip_low=low, clip_high=high):
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    plain_value = 0.0
+
+    def plain() -> None:
+        nonlocal plain_value
+        path = [level.nodes for level in forest.levels] + [forest.leaves]
+        rewards = path[-1].sum(-1)
+        spread = rewards.std(1, correction=0, keepdim=True) + 1e-6
+        advantage = (rewards - rewards.mean(1, keepdim=True)) / spread
+        total = torch.zeros((), dtype=torch.float64)
+        for prompt in range(PROMPTS):
+            for sample in range(group):
+                for step in range(STEPS):
+                    x, following = path[step][prompt, sample], path[step + 1][prompt, sample]
+                    sigma, dt = SCHEDULE.sigma[step], SCHEDULE.sigma[step + 1] - SCHEDULE.sigma[step]
+                    g = 0.7 * math.sqrt(sigma / (1 - (SCHEDULE.sigma[1] if step == 0 else sigma)))
+                    densities = []
+                    for model in (policy, behavior):
+                        v = model(x[None], step, torch.tensor([prompt]))[0]
+                        mean = x + (v + g**2 / (2 * sigma) * (x + (1 - sigma) * v)) * dt
+                        distribution = Normal(mean, g * math.sqrt(-dt))
+                        densities.append(distribution.log_prob(following).mean())
+                    ratio = (densities[0] - densities[1].detach()).exp()
+                    a = advantage[prompt, sample]
+                    total = total + torch.max(-ratio * a, -ratio.clamp(1 - low, 1 + high) * a)
+        objective = total / (PROMPTS * group * STEPS)
+        plain_value = objective.item()
+        objective.backward()  # type: ignore[no-untyped-call]
+
+    actual, expected = gradient(policy, forest_loss), gradient(policy, plain)
+    value = sum(
+        loss.item()
+        for loss in losses(policy, forest, advantages, clip_low=low, clip_high=high)
+    )
+    # Advantages are float32, everything else float64.
+    assert value == pytest.approx(plain_value, rel=1e-5, abs=1e-7)
+    assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()

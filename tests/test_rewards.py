@@ -1,0 +1,305 @@
+"""The rewards against rendered ground truth, and the checks around a reward that misbehaves."""
+
+from __future__ import annotations
+
+import re
+import sys
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+from torch.nn import functional
+
+from treegrpo.miniature.scenes import (
+    BACKGROUND,
+    COLORS,
+    SHAPES,
+    Composition,
+    PlacedShape,
+    all_compositions,
+    corruptions,
+    inside,
+    place,
+    render,
+)
+from treegrpo.rewards import BUILT_IN, RewardError, load_reward, score
+from treegrpo.rewards.composition import (
+    composition,
+    composition_accuracy,
+    detect,
+    signed_distance,
+)
+from treegrpo.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
+
+SCENES = 2000
+
+
+@pytest.fixture(scope="module")
+def truth() -> tuple[list[Composition], torch.Tensor]:
+    """Right pictures of prompts, an equal number of every kind."""
+    rng = np.random.default_rng(0)
+    pools: dict[str, list[Composition]] = {}
+    for one in all_compositions():
+        pools.setdefault(one.kind, []).append(one)
+    assert set(pools) == {"count", "binding", "relation", "mixed"}
+    shown = [
+        pool[rng.integers(len(pool))]
+        for pool in pools.values()
+        for _ in range(SCENES // len(pools))
+    ]
+    return shown, torch.from_numpy(np.stack([render(place(one, rng)) for one in shown]))
+
+
+def prompts_of(compositions: list[Composition]) -> list[str]:
+    return [one.prompt for one in compositions]
+
+
+def draw(*scene: PlacedShape) -> torch.Tensor:
+    return torch.from_numpy(render(list(scene)))[None]
+
+
+def test_right_pictures_are_accepted(truth: tuple[list[Composition], torch.Tensor]) -> None:
+    shown, images = truth
+    assert composition_accuracy(images, prompts_of(shown), None).tolist() == [1.0] * SCENES
+    assert composition(images, prompts_of(shown), None).tolist() == [1.0] * SCENES
+
+
+def test_every_wrong_attribute_is_noticed(truth: tuple[list[Composition], torch.Tensor]) -> None:
+    shown, images = truth
+    chosen = range(0, SCENES, 6)
+    wrong = [(index, other) for index in chosen for other in corruptions(shown[index])]
+    batch = images[[index for index, _ in wrong]]
+    prompts = prompts_of([other for _, other in wrong])
+    assert {other.kind for _, other in wrong} == {"count", "binding", "relation", "mixed"}
+    assert composition_accuracy(batch, prompts, None).max() == 0
+    graded = composition(batch, prompts, None)
+    # One attribute is wrong, so most is right: the signal that training climbs on.
+    assert graded.min() >= 0.25 and graded.max() < 1
+
+
+@pytest.mark.parametrize("change", ["blur and noise", "48 pixels", "64 pixels", "128 pixels"])
+def test_harmless_changes_are_forgiven(
+    truth: tuple[list[Composition], torch.Tensor], change: str
+) -> None:
+    shown, images = truth
+    if change == "blur and noise":
+        rng = np.random.default_rng(1)
+        pixels = gaussian_filter(images.numpy(), (0, 0, 0.6, 0.6))
+        noise = rng.normal(scale=0.03, size=pixels.shape)
+        changed = torch.from_numpy(pixels + noise).float().clamp(0, 1)
+    else:
+        shown, images = shown[::4], images[::4]
+        size = int(change.split()[0])
+        changed = functional.interpolate(images, (size, size), mode="bicubic").clamp(0, 1)
+    accepted = composition_accuracy(changed, prompts_of(shown), None)
+    assert accepted.mean() >= 0.99
+
+
+def test_melted_shapes_are_rejected() -> None:
+    """Halves, three quarters, rings, stretched and turned shapes are no shapes."""
+    deformations = {
+        "circle": [
+            lambda u, v: inside("circle", u, v) & (v < 0),
+            lambda u, v: inside("circle", u, v) & (u < 0),
+            lambda u, v: inside("circle", u, v) & ~((u > 0) & (v > 0)),
+            lambda u, v: inside("circle", u, v) & (u**2 + v**2 > 0.25),
+            lambda u, v: inside("circle", u, 1.4 * v),
+            lambda u, v: np.abs(u) + np.abs(v) <= 1,
+        ],
+        "square": [
+            lambda u, v: inside("square", u, 1.5 * v),
+            lambda u, v: inside("square", u, v) & (u < v),
+            lambda u, v: inside("square", u, v) & ~((u > 0) & (v > 0)),
+        ],
+        "triangle": [
+            lambda u, v: inside("triangle", u, -v),
+            lambda u, v: inside("triangle", v, u),
+            lambda u, v: inside("triangle", u, v) & (u < 0),
+        ],
+    }
+    grid = (np.arange(128) + 0.5) / 4
+    background = np.array(BACKGROUND)[:, None, None]
+    images, prompts = [], []
+    for shape, melted in deformations.items():
+        for deformed in melted:
+            for index, (color, rgb) in enumerate(COLORS.items()):
+                radius, x, y = 3.6 + 0.4 * index, 15.8 + 0.1 * index, 16.3 - 0.2 * index
+                u, v = np.meshgrid((grid - x) / radius, (grid - y) / radius)
+                coverage = deformed(u, v).reshape(32, 4, 32, 4).mean((1, 3))
+                picture = background + coverage * (np.array(rgb)[:, None, None] - background)
+                images.append(gaussian_filter(picture, (0, 0.3, 0.3)))
+                prompts.append(f"a {color} {shape}")
+    batch = torch.from_numpy(np.stack(images)).float()
+    assert composition_accuracy(batch, prompts, None).max() == 0
+    # At most the color is right.
+    assert composition(batch, prompts, None).max() == 0.5
+
+
+def test_ideal_shapes_are_the_rendered_ones() -> None:
+    x, y = np.random.default_rng(0).uniform(-6, 6, size=(2, 10_000))
+    radius = np.full_like(x, 4.0)
+    for shape in SHAPES:
+        np.testing.assert_array_equal(
+            signed_distance(shape, x, y, radius) <= 0, inside(shape, x / 4, y / 4)
+        )
+
+
+def test_detections_say_what_is_where() -> None:
+    triangle = PlacedShape("green", "triangle", 9.3, 8.6, 5.0)
+    circle = PlacedShape("black", "circle", 22.1, 23.7, 4.0)
+    found = detect(torch.cat([draw(), draw(triangle, circle), draw(circle)]))
+    assert found.picture.tolist() == [1, 1, 2]
+    assert [list(COLORS)[index] for index in found.color] == ["green", "black", "black"]
+    assert [SHAPES[index] for index in found.shape] == ["triangle", "circle", "circle"]
+    expected = [(triangle.x, triangle.y), (circle.x, circle.y), (circle.x, circle.y)]
+    np.testing.assert_allclose(found.center, expected, atol=0.2)
+
+
+def test_grades_by_hand() -> None:
+    red_circle = PlacedShape("red", "circle", 8, 8, 5)
+    blue_square = PlacedShape("blue", "square", 22, 22, 4)
+    red_square = PlacedShape("red", "square", 22, 8, 4)
+    pair = draw(red_circle, blue_square)
+    pale = pair.clone()
+    pale[0, :, 5:10, 20:26] = torch.tensor([1.0, 0.6, 0.7])[:, None, None]
+    touching = draw(red_circle, PlacedShape("blue", "square", 16, 8, 3))
+    cases = [
+        (draw(red_circle), "a red circle", 1.0),
+        (draw(red_circle), "a red square", 0.5),
+        (draw(red_circle), "a blue square", 0.0),
+        (draw(red_circle), "two red circles", 0.5),
+        (pair, "a red circle", 0.5),
+        (pair, "a red square and a blue circle", 0.5),
+        (pale, "a red circle and a blue square", 2 / 3),
+        (touching, "a red circle and a blue square", 0.0),
+        (draw(red_circle, red_square), "a red square and a red circle", 1.0),
+        (draw(red_circle, red_square), "a red circle left of a red square", 1.0),
+        (draw(red_circle, red_square), "a red circle right of a red square", 0.5),
+        (draw(red_circle), "a red circle left of a red square", 0.25),
+        (draw(), "a red circle left of a red square", 0.0),
+    ]
+    images = torch.cat([image for image, _, _ in cases])
+    grades = composition(images, [prompt for _, prompt, _ in cases], None)
+    np.testing.assert_allclose(grades, [grade for _, _, grade in cases], rtol=1e-6)
+    exact = composition_accuracy(images, [prompt for _, prompt, _ in cases], None)
+    assert exact.tolist() == [float(grade == 1) for _, _, grade in cases]
+
+
+def test_pictures_of_nothing_are_worth_nothing(
+    truth: tuple[list[Composition], torch.Tensor],
+) -> None:
+    prompts = [*prompts_of(truth[0])[::20], "a black square"]
+    count = len(prompts)
+    for level in (0.0, 0.15, 0.5, 1.0):
+        assert composition(torch.full((count, 3, 32, 32), level), prompts, None).max() == 0
+    noise = torch.rand((count, 3, 32, 32), generator=torch.Generator().manual_seed(0))
+    assert composition(noise, prompts, None).max() == 0
+    assert composition(torch.empty(0, 3, 32, 32), [], None).shape == (0,)
+
+
+def test_foreign_prompts_and_shapes_are_named() -> None:
+    with pytest.raises(ValueError, match="a photo of a cat"):
+        composition(draw(), ["a photo of a cat"], None)
+    with pytest.raises(ValueError, match=re.escape("[1, 32, 32]")):
+        detect(torch.zeros(1, 32, 32))
+    with pytest.raises(ValueError, match="2 images do not match 1 prompts"):
+        composition(torch.zeros(2, 3, 32, 32), ["a red circle"], None)
+
+
+def test_jpeg_is_pillows_file_size() -> None:
+    noise = torch.rand((3, 40, 24), generator=torch.Generator().manual_seed(0))
+    images = torch.stack([torch.full((3, 40, 24), 0.5), noise])
+    file = BytesIO()
+    pixels = (noise * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+    Image.fromarray(pixels).save(file, "JPEG", quality=95)
+    sizes = jpeg_incompressibility(images, ["", ""], None)
+    assert sizes[1].item() == pytest.approx(len(file.getvalue()) / 1000)
+    rewards = jpeg_compressibility(images, ["", ""], None)
+    assert rewards[0] > rewards[1]
+    assert torch.equal(rewards, -sizes)
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_rewards_score(name: str) -> None:
+    images = draw(PlacedShape("red", "circle", 16, 16, 5)).expand(2, -1, -1, -1)
+    scores = score(name, load_reward(name), images, ["a red circle"] * 2, None, None)
+    assert scores.shape == (2,) and scores.dtype == torch.float32
+
+
+def test_a_reward_in_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written with NumPy, knowing nothing of torch."""
+    source = (
+        "import numpy as np\ndef brightness(images, prompts, metadata):\n"
+        "    return np.asarray(images).mean((1, 2, 3)) + [entry['bonus'] for entry in metadata]\n"
+    )
+    (tmp_path / "reward_written_by_a_user.py").write_text(source)
+    (tmp_path / "reward_with_a_typo.py").write_text("def brightness(:\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    reward = load_reward("reward_written_by_a_user:brightness")
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    scores = score("mine", reward, images, ["a", "b"], [{"bonus": 0.0}, {"bonus": 1.0}], None)
+    assert scores.tolist() == [0.0, 2.0] and scores.dtype == torch.float32
+    with pytest.raises(ValueError, match=r"reward_written_by_a_user\.py\) has no function 'glow'"):
+        load_reward("reward_written_by_a_user:glow")
+    with pytest.raises(ValueError, match=r"cannot be imported \(SyntaxError"):
+        load_reward("reward_with_a_typo:brightness")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "compositon",
+            r"'compositon' is unknown \(did you mean 'composition'\?\); built in are .*jpeg",
+        ),
+        ("zzz", r"'zzz' is unknown; built in are"),
+        ("module:", r"'module:' is unknown"),
+        ("no_such_module:f", r"cannot be imported \(ModuleNotFoundError: No module .*no_such_mod"),
+    ],
+)
+def test_unknown_names_are_explained(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_reward(name)
+
+
+def raising(images, prompts, metadata):
+    raise KeyError("logits")
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (raising, r"raised KeyError for 2 prompts, .* \['a red circle'\]: 'logits'"),
+        (
+            lambda *_: torch.tensor([0.0, torch.nan]),
+            r"nan for the prompt 'two blue squares' .*1 of",
+        ),
+        (lambda *_: np.array([np.inf, 0.0]), r"inf for the prompt 'a red circle' \(image 0 of 2"),
+        (lambda *_: torch.zeros(2, 1), r"float32 of shape \[2, 1\] .*expected .* shape \[2\]"),
+        (lambda *_: [0.5], r"shape \[1\] .*expected .* shape \[2\]"),
+        (lambda *_: None, r"returned NoneType None .*expected 2 numbers"),
+        (lambda *_: ["good", "bad"], r"returned list \['good', 'bad'\] .*expected 2 numbers"),
+    ],
+)
+def test_a_failing_reward_is_named_and_its_images_kept(reward, message, tmp_path: Path) -> None:
+    images = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.5)])
+    prompts = ["a red circle", "two blue squares"]
+    folder = tmp_path / "failures"
+    for attempt in range(2):  # the second must not overwrite the first
+        with pytest.raises(RewardError, match=f"reward 'mine:it' .*{message}") as caught:
+            score("mine:it", reward, images, prompts, None, folder)
+        path = folder / f"mine_it-{attempt}.npz"
+        assert str(path) in str(caught.value)
+        kept = np.load(path)
+        assert kept["images"].dtype == np.uint8
+        assert kept["images"][:, 0, 0, 0].tolist() == [0, 128]
+        assert kept["prompts"].tolist() == prompts
+    if reward is raising:
+        assert isinstance(caught.value.__cause__, KeyError)
+    with pytest.raises(RewardError, match="were not kept"):
+        score("mine:it", reward, images, prompts, None, None)
