@@ -1,7 +1,7 @@
 # make setup            the virtual environment, with the exact versions of constraints.txt
 # make train ARGS=...   treegrpo train ARGS; without ARGS, the miniature job
 # make test             format, lint, types, tests
-# make bench            the benchmarks
+# make bench ARGS=...   every benchmark; ARGS=--quick for a minute each
 
 PYTHON ?= python3.11
 VENV := .venv
@@ -33,4 +33,4 @@ test: $(STAMP)
 	$(BIN)/pytest
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/run.py $(ARGS)
+	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark $(ARGS) || exit 1; done

@@ -2,9 +2,9 @@
 
     python benchmarks/iteration.py [--quick] [--model PATH] [--rounds N] [--prompts N]
 
-The three methods run the same code on the same checkpoint, prompts, rewards and optimizer; only the
-plan differs. They take turns, iteration by iteration, so that a machine whose speed drifts slows all
-of them alike. TreeGRPO and MixGRPO use the paper's random window (r = 0.5, w = 3), the same starts
+The three methods run the same code on the same checkpoint, prompts, rewards and optimizer; only
+the plan differs. They take turns, iteration by iteration, so that a machine whose speed drifts
+slows all of them alike. TreeGRPO and MixGRPO use the paper's random window (r = 0.5, w = 3), the same starts
 for both. The last line is one JSON object.
 """
 
@@ -82,9 +82,7 @@ def main() -> None:
         **{f"{method}_seconds": round(mean[method], 4) for method in METHODS},
         "speedup_over_flow_grpo": round(mean["flow_grpo"] / mean["tree_grpo"], 3),
         "speedup_over_mix_grpo": round(mean["mix_grpo"] / mean["tree_grpo"], 3),
-        **{
-            f"{method}_forwards": round(sum(forwards[method]) / rounds, 1) for method in METHODS
-        },
+        **{f"{method}_forwards": round(sum(forwards[method]) / rounds, 1) for method in METHODS},
         "rounds": rounds,
         "prompts": prompts,
     }

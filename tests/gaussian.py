@@ -1,4 +1,4 @@
-"""A data distribution whose perfect model is known in closed form, so that every step can be checked.
+"""A data distribution whose perfect model is known in closed form, to check every step against.
 
 Clean samples are Normal(mean, std^2 I). Then the model's output is linear in x, all transitions of
 the library keep Gaussians Gaussian, and the moments of every level and the policy gradient of a
@@ -7,6 +7,7 @@ reward follow from a scalar recursion, written here from the numbers of a `Trans
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -90,20 +91,96 @@ def moments(
     return levels
 
 
+@dataclass(frozen=True)
+class Reward:
+    """A reward of a leaf whose expectation over a Gaussian is known.
+
+    Attributes:
+        value: [..., dimensions] -> [...].
+        expected: from the leaf's mean [dimensions] and variance, differentiable in both.
+    """
+
+    value: Callable[[Tensor], Tensor]
+    expected: Callable[[Tensor, float], Tensor]
+
+
+def linear_reward(direction: Tensor) -> Reward:
+    """`direction . leaf`."""
+    return Reward(lambda leaf: leaf @ direction, lambda mean, variance: mean @ direction)
+
+
+def quadratic_reward(target: Tensor) -> Reward:
+    """`-|leaf - target|^2`."""
+    return Reward(
+        lambda leaf: -(leaf - target).square().sum(-1),
+        lambda mean, variance: -(mean - target).square().sum() - len(target) * variance,
+    )
+
+
+def threshold_reward(direction: Tensor, offset: float) -> Reward:
+    """`Phi(direction . leaf - offset)`, Phi the normal distribution function: a soft pass or fail.
+
+    Its expectation under a projection Normal(m, v) is `Phi((m - offset) / sqrt(1 + v))`.
+    """
+
+    def expected(mean: Tensor, variance: float) -> Tensor:
+        spread = math.sqrt(1 + variance * float(direction.square().sum()))
+        probability: Tensor = torch.special.ndtr((mean @ direction - offset) / spread)
+        return probability
+
+    return Reward(lambda leaf: torch.special.ndtr(leaf @ direction - offset), expected)
+
+
+def exact_gradients(
+    gaussian: Gaussian, transitions: Sequence[Transition], reward: Reward
+) -> Tensor:
+    """[T, dimensions]: gradient of the expected reward with respect to every step's `shift` at 0.
+
+    First-level states are Normal(0, 1), as a rollout's are.
+    """
+    shift = torch.zeros(
+        len(transitions), len(gaussian.mean), dtype=torch.float64, requires_grad=True
+    )
+    mean, variance = moments(gaussian, transitions, torch.zeros_like(gaussian.mean), 1.0, shift)[-1]
+    (gradient,) = torch.autograd.grad(reward.expected(mean, variance), shift)
+    return gradient
+
+
+def expected_factors(plan: RolloutPlan, mode: Backup) -> Tensor:
+    """[T]: the share of each step's exact gradient that the objective's gradient has on average.
+
+    The objective is a mean over all `plan.edges`, of which step t has `n = plan.widths[t + 1]`. An
+    edge's score function is independent of every leaf that is not below it, and 1/n of the leaves
+    are, so that
+
+    - with the group's mean subtracted from the leaves, an edge has `1 - 1/n` of the gradient, and
+      the step `(n - 1) / edges`;
+    - with the mean of its k siblings subtracted, `1 - 1/k`, and the step `(n - n / k) / edges`,
+      which is 0 where k is 1: no edge has a sibling to differ from.
+
+    The weights of `logprob` depend on the draws, so that for it the first line holds only where
+    the reward is at most quadratic: the weights are even in the draws, and their product with the
+    reward's odd part averages to nothing.
+    """
+    factors = torch.zeros(plan.steps, dtype=torch.float64)
+    for step in plan.stochastic_steps:
+        edges = plan.widths[step + 1]
+        baselines = plan.widths[step] if mode == "sibling" else 1
+        factors[step] = (edges - baselines) / plan.edges
+    return factors
+
+
 def policy_gradients(
     gaussian: Gaussian,
     plan: RolloutPlan,
     transitions: tuple[Transition, ...],
-    reward: Callable[[Tensor], Tensor],
+    reward: Reward,
     *,
     mode: Backup,
     groups: int,
     generator: torch.Generator,
 ) -> Tensor:
-    """Independent estimates of the policy gradient from the library's whole path, one per group.
-
-    Args:
-        reward: [groups, leaves, dimensions] -> [groups, leaves].
+    """Independent estimates of the policy gradient by the library's whole path, one per group.
 
     Returns:
         float64 [groups, T, dimensions]: with respect to `shift`, at shift 0. Advantages are the
@@ -112,9 +189,7 @@ def policy_gradients(
     dimensions = len(gaussian.mean)
     shift = torch.zeros(groups, plan.steps, dimensions, dtype=torch.float64, requires_grad=True)
     policy = Gaussian(gaussian.schedule, gaussian.mean, gaussian.std, shift)
-    noise = torch.randn(
-        groups, plan.roots, dimensions, dtype=torch.float64, generator=generator
-    )
+    noise = torch.randn(groups, plan.roots, dimensions, dtype=torch.float64, generator=generator)
     forest = rollout(
         policy,
         noise,
@@ -124,7 +199,7 @@ def policy_gradients(
         reduction="sum",
         generator=generator,
     )
-    values = leaf_advantages([reward(forest.leaves)], [1.0], std="none")
+    values = leaf_advantages([reward.value(forest.leaves)], [1.0], std="none")
     edges = backup(values, [level.log_prob for level in forest.levels], plan, mode=mode)
     for loss in losses(policy, forest, edges.levels):
         loss.backward()  # type: ignore[no-untyped-call]

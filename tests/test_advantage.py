@@ -200,7 +200,7 @@ def test_effective_sample_size_runs_from_one_sibling_to_all() -> None:
 
 
 def test_branch_grpo_normalizes_each_depth_by_hand() -> None:
-    """Leaves 8, 0, -1, 4: the first split, at step 1, has means 4 and 1.5, whose z-scores are 1 and -1;
+    """Leaves 8, 0, -1, 4: the first split, at step 1, has means 4 and 1.5, with z-scores 1 and -1;
     the leaves' mean is 2.75 and their variance 12.6875."""
     plan = branch_grpo(4, branching=2, split_steps=(1, 2))
     edges = depth_normalized(LEAVES, plan).levels

@@ -144,7 +144,7 @@ def test_counts_are_those_of_paths_written_out(plan: RolloutPlan) -> None:
 @settings(max_examples=40, deadline=None)
 @given(plans())
 def test_rollout_gives_row_j_the_parent_j_over_k(plan: RolloutPlan) -> None:
-    """Each step's noise is a hundredth of the last one's, so a state's nearest node is its parent."""
+    """Each step's noise is a hundredth of the last one's: a state's nearest node is its parent."""
     prompts, dimensions = 2, 8
     steps = tuple(
         Transition(1.0, 0.0, 100.0**-step if sampled else 0.0)
@@ -157,9 +157,7 @@ def test_rollout_gives_row_j_the_parent_j_over_k(plan: RolloutPlan) -> None:
         "sample",
     )
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn(
-        prompts, plan.roots, dimensions, dtype=torch.float64, generator=generator
-    )
+    noise = torch.randn(prompts, plan.roots, dimensions, dtype=torch.float64, generator=generator)
 
     def predict(x: Tensor, step: int, prompt_index: Tensor) -> Tensor:
         roots = _nearest(x, noise.flatten(0, 1))
@@ -219,9 +217,7 @@ def test_windows_and_splits_outside_the_steps_are_refused() -> None:
 def test_too_many_leaves_are_refused_with_the_arithmetic() -> None:
     plan = tree_grpo(10, branching=3, window_size=3, trees=2)
     plan.check_leaves(54)
-    with pytest.raises(
-        PlanError, match=r"2 x 3 x 3 x 3 = 54 leaves per prompt .* max_leaves = 53"
-    ):
+    with pytest.raises(PlanError, match=r"2 x 3 x 3 x 3 = 54 leaves per prompt .* max_leaves = 53"):
         plan.check_leaves(53)
 
 
@@ -255,9 +251,7 @@ def test_window_draw_depends_on_seed_and_iteration_only() -> None:
 
 
 def test_window_shifts_and_wraps() -> None:
-    window = WindowSchedule(
-        "shifting", steps=10, size=3, start=2, shift_by=3, shift_every=25
-    )
+    window = WindowSchedule("shifting", steps=10, size=3, start=2, shift_by=3, shift_every=25)
     starts = [window.at(iteration) for iteration in range(0, 125, 25)]
     assert starts == [2, 5, 1, 4, 0]
     assert [window.at(iteration) for iteration in (24, 25, 49, 50)] == [2, 5, 5, 1]

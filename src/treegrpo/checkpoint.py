@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from treegrpo.config import Config, to_yaml
@@ -35,27 +34,47 @@ class RunError(UserError):
     """A run's folder that cannot be used as asked."""
 
 
-def prepare_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
-    """Make the run's folder and write its configuration.
+def check_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder that cannot be used as asked; changes nothing.
 
     Raises:
-        RunError: the folder holds something and neither `resume` nor `overwrite` was given; there
-            is nothing to resume; or the run to resume was made with other settings.
+        RunError: the folder holds something and neither `resume` nor `overwrite` was given; it
+            holds something that is no run; there is nothing to resume; or the run to resume was
+            made with other settings.
     """
     folder = config.output
+    if resume and overwrite:
+        raise RunError("--resume and --overwrite: give one of them")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"output: {folder} is a file; must be a folder")
     if resume:
         if not (folder / STATE_FILE).is_file():
-            raise RunError(f"output: {str(folder)!r} holds no {STATE_FILE} to resume from")
+            raise RunError(f"output: {folder} holds no run to resume (no {STATE_FILE})")
         _check_same_settings(folder, config)
-    elif folder.exists() and any(folder.iterdir()):
+    elif folder.is_dir() and any(folder.iterdir()):
+        if not (folder / CONFIG_FILE).is_file():
+            raise RunError(
+                f"output: {folder} is not empty and holds no run, so nothing in it is "
+                "replaced; choose another folder with output=FOLDER"
+            )
         if not overwrite:
             raise RunError(
-                f"output: {str(folder)!r} already holds a run; continue it with --resume, replace "
+                f"output: {folder} already holds a run; continue it with --resume, replace "
                 "it with --overwrite, or choose another folder with output=FOLDER"
             )
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / CONFIG_FILE, to_yaml(config))
+
+
+def prepare_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Make the run's folder (anew with `overwrite`) and write its configuration.
+
+    Raises:
+        RunError: as `check_folder`.
+    """
+    check_folder(config, resume=resume, overwrite=overwrite)
+    if config.output.is_dir() and not resume:
+        shutil.rmtree(config.output)
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.output / CONFIG_FILE, to_yaml(config))
 
 
 def _check_same_settings(folder: Path, config: Config) -> None:
@@ -68,7 +87,7 @@ def _check_same_settings(folder: Path, config: Config) -> None:
     ]
     if changed:
         raise RunError(
-            f"output: the run in {str(folder)!r} was made with other settings; to resume, keep "
+            f"output: the run in {folder} was made with other settings; to resume, keep "
             "them\n  " + "\n  ".join(changed)
         )
 
@@ -95,7 +114,7 @@ def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise RunError(
-            f"output: {str(folder)!r} has {free / 2**20:,.0f} MiB free, but the checkpoint and the "
+            f"output: {folder} has {free / 2**20:,.0f} MiB free, but the checkpoint and the "
             f"trained model need about {needed / 2**20:,.0f} MiB; free some space or choose "
             "another folder with output=FOLDER"
         )
@@ -107,6 +126,8 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
     Raises:
         RunError: the disk is full.
     """
+    import torch  # here, so that a refused folder does not wait for it
+
     partial = folder / (STATE_FILE + ".partial")
     try:
         torch.save(state, partial)
@@ -121,6 +142,8 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
 
 def load_state(folder: Path) -> dict[str, Any]:
     """The state that `save_state` wrote."""
+    import torch
+
     state: dict[str, Any] = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
     return state
 

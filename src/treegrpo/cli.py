@@ -12,9 +12,10 @@ from typing import Annotated
 
 import typer
 
-from treegrpo import __version__
+from treegrpo import __version__, checkpoint
 from treegrpo.config import Config, describe_fields, load_config, to_yaml
 from treegrpo.errors import UserError
+from treegrpo.models.folder import check_folder
 from treegrpo.plan import PlanError
 from treegrpo.prompts import load_prompts
 from treegrpo.rewards import BUILT_IN, RewardError, load_reward
@@ -222,12 +223,15 @@ def _check_train(config: Config, *, resume: bool, overwrite: bool) -> None:
     _check_model(config.model.path, "model.path")
     # Of several processes only the first looks: the others may start after it has begun to write.
     if os.environ.get("RANK", "0") == "0":
-        _check_output(config.output, resume=resume, overwrite=overwrite)
+        checkpoint.check_folder(config, resume=resume, overwrite=overwrite)
 
 
 def _check_model(model: str, field: str) -> None:
     path = Path(model).expanduser()
-    if model == "miniature" or path.is_dir():
+    if path.is_dir():
+        check_folder(path, field)
+        return
+    if model == "miniature":
         return
     if path.exists():
         raise UserError(f"{field}: {model} is a file; must be a diffusers folder")
@@ -246,28 +250,6 @@ def _check_reward(name: str, field: str) -> None:
         load_reward(name)
     except ValueError as error:
         raise UserError(f"{field}: {error}") from error
-
-
-def _check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
-    if resume and overwrite:
-        raise UserError("--resume and --overwrite: must be given one at a time")
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output: {output} is a file; must be a folder")
-    holds_run = (output / "config.yaml").is_file()
-    if resume:
-        if not holds_run:
-            raise UserError(f"output: {output} holds no run to resume (no config.yaml in it)")
-    elif holds_run:
-        if not overwrite:
-            raise UserError(
-                f"output: {output} already holds a run; continue it with --resume, replace it with "
-                "--overwrite, or name another folder with output=FOLDER"
-            )
-    elif output.is_dir() and any(output.iterdir()):
-        raise UserError(
-            f"output: {output} is not empty and holds no run, so nothing in it is replaced; "
-            "name another folder with output=FOLDER"
-        )
 
 
 def _check_parent(path: Path, option: str) -> None:

@@ -27,13 +27,15 @@ class Evaluation:
     Attributes:
         prompts: P prompts.
         scores: reward name to float32 [P, images per prompt].
-        images: float32 [kept prompts, images per prompt, 3, height, width] of the first prompts.
+        kept: indices of the prompts whose images were kept.
+        images: float32 [kept, images per prompt, 3, height, width].
         seconds: wall time.
         forwards: model forwards (rows).
     """
 
     prompts: tuple[str, ...]
     scores: dict[str, Tensor]
+    kept: tuple[int, ...]
     images: Tensor
     seconds: float
     forwards: int
@@ -44,7 +46,7 @@ class Evaluation:
     def standard_error(self, name: str) -> float:
         """Of the mean over prompts (images of one prompt are not independent)."""
         means = self.scores[name].mean(1)
-        return (means.std(correction=min(1, len(means) - 1)) / len(means) ** 0.5).item()
+        return float(means.std(correction=min(1, len(means) - 1)) / len(means) ** 0.5)
 
 
 def sample(
@@ -81,13 +83,13 @@ def evaluate(
     steps: int,
     seed: int,
     max_batch: int,
-    keep_prompts: int = 0,
+    keep: Sequence[int] = (),
     keep_folder: Path | None = None,
 ) -> Evaluation:
     """Score a model on prompts; the same seed gives every model the same noises.
 
     Args:
-        keep_prompts: keep the images of so many first prompts.
+        keep: indices of prompts whose images are kept.
         keep_folder: where a failing reward leaves its images.
 
     Raises:
@@ -112,12 +114,13 @@ def evaluate(
         for name, reward in rewards.items():
             values = score(name, reward, images.flatten(0, 1), repeated, None, keep_folder)
             scores[name].append(values.view(len(part), images_per_prompt))
-        if offset < keep_prompts:
-            kept.append(images[: keep_prompts - offset].cpu())
+        wanted = [index - offset for index in sorted(keep) if 0 <= index - offset < len(part)]
+        kept.append(images[wanted].cpu())
     return Evaluation(
         tuple(prompts),
         {name: torch.cat(parts) for name, parts in scores.items()},
-        torch.cat(kept) if kept else torch.empty(0),
+        tuple(sorted(keep)),
+        torch.cat(kept),
         time.perf_counter() - start,
         policy.forwards - forwards,
     )

@@ -82,6 +82,11 @@ class Rollout:
     forwards: int
     reduction: Reduction
 
+    @property
+    def log_probs(self) -> tuple[Tensor, ...]:
+        """Per stochastic level, float32 [prompts, edges]."""
+        return tuple(level.log_prob for level in self.levels)
+
 
 @torch.no_grad()
 def rollout(

@@ -7,6 +7,7 @@ knows about them beyond `prepare`, `backward`, `gather` and `clip_grad_norm_`.
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import signal
@@ -201,6 +202,9 @@ class Trainer:
         self.rewards: dict[str, Reward] = {r.name: load_reward(r.name) for r in config.rewards}
         self.held_out = load_prompts(config.prompts.held_out, "held_out")
         self.held_out = self.held_out[: config.evaluation.max_prompts]
+        # Spread over the list, whose neighbors are often alike.
+        count = min(PICTURED_PROMPTS, len(self.held_out))
+        self.pictured = [(2 * i + 1) * len(self.held_out) // (2 * count) for i in range(count)]
         self.sampler = PromptSampler(load_prompts(config.prompts.train, "train"), config.train.seed)
 
         device = config.model.device
@@ -369,7 +373,7 @@ class Trainer:
             return depth_normalized(leaves, forest.plan)
         return backup(
             leaves,
-            [level.log_prob for level in forest.levels],
+            forest.log_probs,
             forest.plan,
             mode=settings.backup,
             temperature=settings.backup_temperature,
@@ -460,9 +464,8 @@ class Trainer:
         """A frozen copy of the initial model, where the KL term needs one (LoRA needs none)."""
         if self.config.objective.kl_weight == 0 or self.config.model.lora_rank:
             return None
-        import copy
 
-        model = self.accelerator.unwrap_model(self.policy.transformer)
+        model: torch.nn.Module = self.accelerator.unwrap_model(self.policy.transformer)
         return copy.deepcopy(model).requires_grad_(False)
 
     def _reference_predictor(self, prompts: Sequence[str]) -> Predict | None:
@@ -494,7 +497,7 @@ class Trainer:
                 steps=self.config.rollout.steps,
                 seed=self.config.evaluation.seed,
                 max_batch=self.config.rollout.max_batch,
-                keep_prompts=PICTURED_PROMPTS,
+                keep=self.pictured,
                 keep_folder=self.config.output / "failed_reward",
             )
 
@@ -667,10 +670,10 @@ def _report(
     if accuracy is not None:
         for index, evaluation in enumerate((before, after)):
             labels[index] += f": {evaluation.mean(accuracy):.0%} right"
-            correct[index] = evaluation.scores[accuracy][: len(evaluation.images)] > 0.5
+            correct[index] = evaluation.scores[accuracy][list(evaluation.kept)] > 0.5
     before_after(
         folder / "before_after.png",
-        before.prompts[: len(before.images)],
+        [before.prompts[index] for index in before.kept],
         before.images,
         after.images,
         *correct,

@@ -2,13 +2,14 @@
 
     python -m treegrpo.miniature.pretrain OUT_FOLDER
 
-Three stages: draw the data, fit the autoencoder, fit the flow transformer together with its text
-encoders. The result is a Stable Diffusion 3 pipeline in the diffusers folder format.
+Three stages: the autoencoder; the flow transformer, together with its text encoders, on pictures
+with raw captions; and the same on pictures with curated ones. The result is a Stable Diffusion 3
+pipeline in the diffusers folder format.
 
-The data imitate what real text-to-image models are trained on: pictures whose captions are often
-wrong. A share `CAPTION_NOISE` of the captions differs from the picture in one attribute (a count, a
-color, a shape, swapped colors, a relation). Nothing of the reward is known here. The model learns to
-draw clean scenes, and to trust a caption only as far as the captions deserved.
+The data imitate what real text-to-image models are trained on: captions are often wrong in one
+attribute (a count, a color, a shape, swapped colors, a relation), less often after curation.
+Nothing of the reward is known here. The model learns to draw clean scenes, and to trust a caption
+only as far as the captions deserved.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ from treegrpo.miniature.scenes import (
     render,
 )
 
-CAPTION_NOISE = 0.4
+RAW_CAPTION_NOISE = 0.4  # the share of wrong captions
+CURATED_CAPTION_NOISE = 0.2
 CAPTION_DROPOUT = 0.1
 MAX_TOKENS = 10
 TEXT_WIDTH = 64
@@ -62,8 +64,8 @@ SAMPLING = {
 }
 
 
-def draw_data(count: int, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
-    """Pictures (uint8 [count, 3, size, size]) and their sometimes wrong captions."""
+def draw_data(count: int, seed: int, caption_noise: float) -> tuple[NDArray[np.uint8], list[str]]:
+    """Pictures (uint8 [count, 3, size, size]) and their captions, some of them wrong."""
     rng = np.random.default_rng(seed)
     by_kind: dict[str, list[Composition]] = {}
     for composition in all_compositions():
@@ -75,7 +77,7 @@ def draw_data(count: int, seed: int) -> tuple[NDArray[np.uint8], list[str]]:
         pool = pools[rng.integers(len(pools))]
         shown = pool[rng.integers(len(pool))]
         told = shown
-        if rng.random() < CAPTION_NOISE:
+        if rng.random() < caption_noise:
             wrong = corruptions(shown)
             told = wrong[rng.integers(len(wrong))]
         images[index] = np.round(render(place(shown, rng)) * 255)
@@ -199,7 +201,7 @@ def train_autoencoder(vae: AutoencoderKL, images: torch.Tensor, steps: int) -> N
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
     return torch.cat(
-        [vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in images.split(256)]
+        [vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in torch.split(images, 256)]
     )
 
 
@@ -209,16 +211,24 @@ def train_flow(
     captions: list[str],
     steps: int,
     batch_size: int,
+    learning_rate: float,
+    horizon: int,
     out: Path,
 ) -> None:
-    """Fit the rectified flow and the text encoders together; keeps an average of the weights."""
+    """Fit the rectified flow and the text encoders together; keeps an average of the weights.
+
+    The learning rate falls to zero over `horizon` steps; a stage that is followed by another ends
+    before that.
+    """
     vae, transformer = pipeline.vae, pipeline.transformer
     latents = (encode(vae, images) - vae.config.shift_factor) * vae.config.scaling_factor
     parts = torch.nn.ModuleList([transformer, pipeline.text_encoder, pipeline.text_encoder_2])
     parameters = list(parts.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.98), fused=True
+    )
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 1.2e-3, total_steps=steps, pct_start=0.04, cycle_momentum=False
+        optimizer, learning_rate, total_steps=horizon, pct_start=0.04, cycle_momentum=False
     )
     average = EMAModel(parameters, decay=0.999)
     parts.train()
@@ -249,7 +259,7 @@ def train_flow(
         ).sample
         loss = functional.mse_loss(prediction, noise - clean)
         optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
@@ -274,29 +284,37 @@ def save(pipeline: StableDiffusion3Pipeline, out: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
-    parser.add_argument("--images", type=int, default=100_000)
+    parser.add_argument("--images", type=int, default=100_000, help="raw ones")
+    parser.add_argument("--curated-images", type=int, default=100_000)
     parser.add_argument("--autoencoder-steps", type=int, default=2500)
-    parser.add_argument("--flow-steps", type=int, default=6000)
+    parser.add_argument("--raw-steps", type=int, default=4000)
+    parser.add_argument("--curated-steps", type=int, default=4500)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument(
-        "--autoencoder", type=Path, help="a finished one's folder, to skip the first stage"
-    )
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--start", type=Path, help="a pipeline that finished the raw stage: skip the first two"
+    )
     options: Any = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
-    pixels, captions = draw_data(options.images, options.seed)
-    images = torch.from_numpy(pixels)
-    print(f"drew {len(images)} pictures", flush=True)
-    pipeline = build_pipeline()
-    parameters = sum(p.numel() for p in pipeline.transformer.parameters())
-    print(f"transformer: {parameters / 1e6:.2f}M parameters", flush=True)
-    if options.autoencoder:
-        pipeline.register_modules(vae=AutoencoderKL.from_pretrained(options.autoencoder))
+    if options.start:
+        pipeline = StableDiffusion3Pipeline.from_pretrained(
+            options.start, text_encoder_3=None, tokenizer_3=None
+        )
     else:
+        pipeline = build_pipeline()
+        pixels, captions = draw_data(options.images, options.seed, RAW_CAPTION_NOISE)
+        images = torch.from_numpy(pixels)
         train_autoencoder(pipeline.vae, images, options.autoencoder_steps)
-    train_flow(pipeline, images, captions, options.flow_steps, options.batch_size, options.out)
+        steps, batch_size = options.raw_steps, options.batch_size
+        train_flow(
+            pipeline, images, captions, steps, batch_size, 1.2e-3, steps * 3 // 2, options.out
+        )
+    pixels, captions = draw_data(options.curated_images, options.seed + 1, CURATED_CAPTION_NOISE)
+    steps, batch_size = options.curated_steps, options.batch_size
+    images = torch.from_numpy(pixels)
+    train_flow(pipeline, images, captions, steps, batch_size, 1e-3, steps, options.out)
 
 
 if __name__ == "__main__":

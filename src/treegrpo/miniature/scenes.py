@@ -78,7 +78,10 @@ class Composition:
         return tuple(sorted((phrase.count, phrase.color, phrase.shape) for phrase in self.phrases))
 
 
-_PHRASE = rf"(?P<count{{0}}>{'|'.join(COUNT_WORDS)}) (?P<color{{0}}>{'|'.join(COLORS)}) (?P<shape{{0}}>{'|'.join(SHAPES)})s?"
+_PHRASE = (
+    rf"(?P<count{{0}}>{'|'.join(COUNT_WORDS)}) "
+    rf"(?P<color{{0}}>{'|'.join(COLORS)}) (?P<shape{{0}}>{'|'.join(SHAPES)})s?"
+)
 _PROMPT = re.compile(
     rf"^{_PHRASE.format(1)}(?: (?P<link>and|{'|'.join(RELATIONS)}) {_PHRASE.format(2)})?$"
 )
@@ -149,8 +152,9 @@ class PlacedShape:
 def inside(shape: str, u: NDArray[np.floating], v: NDArray[np.floating]) -> NDArray[np.bool_]:
     """Which points lie in the unit shape; `u` right and `v` down, both [-1, 1] across its box."""
     if shape == "circle":
-        return u**2 + v**2 <= 1
-    box = (np.abs(u) <= 1) & (np.abs(v) <= 1)
+        disk: NDArray[np.bool_] = u**2 + v**2 <= 1
+        return disk
+    box: NDArray[np.bool_] = (np.abs(u) <= 1) & (np.abs(v) <= 1)
     return box if shape == "square" else box & (np.abs(u) <= (1 + v) / 2)
 
 

@@ -1,4 +1,4 @@
-"""The model, seen from the trainer: the `Policy` interface, and `load_policy`, which finds the family.
+"""The model, seen from the trainer: the `Policy` interface, and `load_policy`.
 
 A family file (`sd3.py`) says only what differs between families. Families are recognised from the
 checkpoint's own `model_index.json`.
@@ -6,26 +6,27 @@ checkpoint's own `model_index.json`.
 
 from __future__ import annotations
 
-import json
+import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from treegrpo.errors import UserError
+from treegrpo.models.folder import (
+    FAMILIES,
+    LORA_FILE,
+    SAMPLING_FILE,
+    ModelError,
+    check_family,
+    check_folder,
+    read_json,
+    resolve,
+)
 from treegrpo.rollout import Predict
 from treegrpo.transition import Schedule
-
-SAMPLING_FILE = "sampling.json"
-LORA_FILE = "pytorch_lora_weights.safetensors"
-
-
-class ModelError(UserError):
-    """A checkpoint that cannot be loaded, or a setting it does not allow."""
 
 
 @dataclass(frozen=True)
@@ -79,19 +80,15 @@ class Policy(Protocol):
     def add_lora(self, rank: int, alpha: float, targets: Sequence[str] | None) -> None:
         """Freeze the model and put trainable LoRA weights on it."""
 
+    def load_lora(self, folder: Path) -> None:
+        """Put exported LoRA weights on the model, for sampling."""
+
     def bytes(self) -> int:
         """Memory of all weights."""
 
     def save(self, folder: Path, base_model: str) -> None:
         """Write what diffusers loads: the whole pipeline, or the LoRA weights alone, which belong
         to `base_model`."""
-
-
-def resolve(path: str) -> str:
-    """The folder of the embedded checkpoint for "miniature", any other path as it is."""
-    if path == "miniature":
-        return str(resources.files("treegrpo") / "miniature" / "checkpoint")
-    return path
 
 
 def load_policy(
@@ -112,36 +109,28 @@ def load_policy(
     quiet_libraries()
     from diffusers import DiffusionPipeline
 
-    from treegrpo.models.sd3 import SD3Policy
-
-    families = {"StableDiffusion3Pipeline": SD3Policy}
-    folder = Path(resolve(path)).expanduser()
-    stored: dict[str, Any] = {}
-    if (folder / SAMPLING_FILE).is_file():
-        stored = json.loads((folder / SAMPLING_FILE).read_text(encoding="utf-8"))
-    sampling = Sampling(**{**stored, **{k: v for k, v in overrides.items() if v is not None}})
-    base = sampling.base_model if (folder / LORA_FILE).is_file() else None
-    source = resolve(base or path)
-    if Path(source).expanduser().exists():
-        source = str(Path(source).expanduser())
-        check_folder(source)
+    folder = Path(resolve(path))
+    stored = read_json(folder / SAMPLING_FILE) if (folder / SAMPLING_FILE).is_file() else {}
+    changes = {name: value for name, value in overrides.items() if value is not None}
+    sampling = Sampling(**{**stored, **changes})
+    has_lora = (folder / LORA_FILE).is_file()
+    source = resolve(sampling.base_model or path) if has_lora else str(folder)
+    if Path(source).is_dir():
+        check_folder(Path(source))
     try:
         index = DiffusionPipeline.load_config(source)
     except OSError as error:
         raise ModelError(
-            f"model.path: cannot load {path!r}: it is neither a folder nor a checkpoint on the "
+            f"model.path: cannot load {source!r}: it is neither a folder nor a checkpoint on the "
             f"hub that can be reached from here ({error})"
         ) from error
-    family = index.get("_class_name")
-    if family not in families:
-        raise ModelError(
-            f"model.path: {path!r} is a {family}; supported are {', '.join(sorted(families))}"
-        )
+    module, _, name = FAMILIES[check_family(source, index)].partition(":")
+    family = getattr(importlib.import_module(module), name)
     try:
-        policy = families[family](source, index, sampling, device=device, dtype=dtype)
+        policy: Policy = family(source, index, sampling, device=device, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.path: cannot load {path!r}: {error}") from error
-    if base is not None:
+        raise ModelError(f"model.path: cannot load {source!r}: {error}") from error
+    if has_lora:
         policy.load_lora(folder)
     return policy
 
@@ -156,19 +145,3 @@ def quiet_libraries() -> None:
 
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
-
-
-def check_folder(path: str) -> None:
-    """Refuse, before anything heavy is imported, a folder that is no diffusers checkpoint.
-
-    Raises:
-        ModelError: it does not exist or has no model_index.json.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        raise ModelError(f"model.path: no folder {path!r}")
-    if not (folder / "model_index.json").is_file() and not (folder / LORA_FILE).is_file():
-        raise ModelError(
-            f"model.path: {path!r} has no model_index.json; a checkpoint in the diffusers folder "
-            "format is needed"
-        )

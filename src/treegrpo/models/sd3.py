@@ -18,7 +18,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from treegrpo.models.policy import SAMPLING_FILE, Sampling
+from treegrpo.models.folder import SAMPLING_FILE
+from treegrpo.models.policy import Sampling
 from treegrpo.rollout import Predict
 from treegrpo.transition import Schedule, flow_schedule
 

@@ -104,10 +104,7 @@ def before_after(
     bottom = top + len(prompts) * row_height - _ROW_GAP
     figure, axes = style.page(lefts[1] + block_width + _MARGIN, bottom + legend + _MARGIN)
     if title:
-        axes.text(
-            _MARGIN, _MARGIN + 0.16, title, color=style.INK, fontsize=15, weight="bold",
-            va="center", parse_math=False,
-        )  # fmt: skip
+        style.write(axes, (_MARGIN, _MARGIN + 0.16), title, size=15, bold=True)
     blocks = (
         (label_before, accuracy_before, before, correct_before),
         (label_after, accuracy_after, after, correct_after),
@@ -150,10 +147,7 @@ def _image_size(images: Tensor, columns: int, gaps: float) -> tuple[float, float
 def _write_prompt(axes: Axes, prompt: str, y: float, height: float) -> None:
     lines = max(int(height / 0.19), 1)
     text = textwrap.fill(prompt, 23, max_lines=lines, placeholder=" …")
-    axes.text(
-        _MARGIN, y, text, color=style.INK, fontsize=10, va="center", linespacing=1.25,
-        parse_math=False,
-    )  # fmt: skip
+    style.write(axes, (_MARGIN, y), text, size=10)
 
 
 def _write_header(
@@ -161,11 +155,10 @@ def _write_header(
 ) -> None:
     y = bottom - 0.24
     if accuracy is not None:
-        axes.text(
-            left, y, f"{_percent(accuracy)} right", color=style.INK, fontsize=16, weight="bold"
-        )
+        text = f"{_percent(accuracy)} right"
+        style.write(axes, (left, y), text, size=16, bold=True, valign="baseline")
         y -= 0.3
-    axes.text(left, y, label, color=style.MUTED, fontsize=11, parse_math=False)
+    style.write(axes, (left, y), label, size=11, color=style.MUTED, valign="baseline")
     axes.plot([left, left + width], [bottom - 0.14] * 2, color=style.RULE, linewidth=1)
 
 
@@ -199,16 +192,21 @@ def _put_mark(axes: Axes, right: bool, x: float, y: float) -> None:
     for stroke in check if right else cross:
         xs, ys = zip(*stroke, strict=True)
         axes.plot(
-            [x + dx for dx in xs], [y + dy for dy in ys], color=style.PAPER, linewidth=1.4,
-            solid_capstyle="round", solid_joinstyle="round", zorder=6,
-        )  # fmt: skip
+            [x + dx for dx in xs],
+            [y + dy for dy in ys],
+            color=style.PAPER,
+            linewidth=1.4,
+            solid_capstyle="round",
+            solid_joinstyle="round",
+            zorder=6,
+        )
 
 
 def _write_legend(axes: Axes, x: float, y: float) -> None:
     entries = ((True, "exactly what the prompt says"), (False, "something is wrong"))
     for right, text in entries:
         _put_mark(axes, right, x + 0.08, y)
-        axes.text(x + 0.24, y, text, color=style.MUTED, fontsize=9, va="center_baseline")
+        style.write(axes, (x + 0.24, y), text, color=style.MUTED)
         x += 2.5
 
 
@@ -289,19 +287,32 @@ def _draw_main(
     x, y = _series(evaluations, key)
     if len(x):
         axes.plot(
-            x, y, color=style.GOOD, linewidth=1.2, marker="o", markersize=6.5, zorder=4,
-            markeredgecolor=style.PAPER, label="held-out prompts",
-        )  # fmt: skip
+            x,
+            y,
+            color=style.GOOD,
+            linewidth=1.2,
+            marker="o",
+            markersize=6.5,
+            zorder=4,
+            markeredgecolor=style.PAPER,
+            label="held-out prompts",
+        )
         # The outer side of a curve that mostly rises or mostly falls is free of lines.
         rising = y[-1] >= y[0]
         for end, above in {0: not rising, len(x) - 1: rising}.items():
             axes.annotate(
                 _percent(y[end]) if percent else f"{y[end]:#.3g}",
-                (x[end], y[end]), (0, 9 if above else -9), textcoords="offset points",
-                ha="center", va="bottom" if above else "top", color=style.GOOD, fontsize=10,
-                weight="bold", zorder=5,
+                (x[end], y[end]),
+                (0, 9 if above else -9),
+                textcoords="offset points",
+                ha="center",
+                va="bottom" if above else "top",
+                color=style.GOOD,
+                fontsize=10,
+                weight="bold",
+                zorder=5,
                 path_effects=[withStroke(linewidth=3, foreground=style.PAPER)],
-            )  # fmt: skip
+            )
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.margins(x=0.05, y=0.24)
@@ -314,9 +325,12 @@ def _draw_health(axes: Axes, metrics: Sequence[Mapping[str, float]], panel: str)
         x, y = _series(metrics, key)
         edge = key in ("ratio_min", "ratio_max")
         axes.plot(
-            x, y, color=style.MUTED if not edge else style.NEUTRAL, linewidth=1.2,
+            x,
+            y,
+            color=style.MUTED if not edge else style.NEUTRAL,
+            linewidth=1.2,
             marker="." if len(x) == 1 else "",
-        )  # fmt: skip
+        )
     axes.margins(y=0.15)
     axes.yaxis.set_major_locator(MaxNLocator(3))
 

@@ -7,6 +7,7 @@ they also read on dark pages.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ PAPER = "#ffffff"
 INK = "#1f2a37"
 MUTED = "#6b7685"
 RULE = "#dfe3e8"
-SHADE = "#f3f5f8"
+SHADE = "#eef1f6"
 NEUTRAL = "#c5cbd3"
 GOOD = "#0b8f78"
 BAD = "#dd5f33"
@@ -51,6 +52,34 @@ def save(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     dpi = min(DPI, LARGEST_PAGE / max(figure.get_size_inches()))
     figure.savefig(path, dpi=dpi, format="png", facecolor=PAPER)
+
+
+def write(
+    axes: Axes,
+    point: tuple[float, float],
+    text: str,
+    *,
+    size: float = 9,
+    color: str = INK,
+    bold: bool = False,
+    align: Literal["left", "center", "right"] = "left",
+    valign: Literal["top", "center", "baseline", "bottom"] = "center",
+    rotation: float = 0.0,
+) -> None:
+    """Write text (never read as mathematics, whatever a prompt contains) at a point in inches."""
+    axes.text(
+        *point,
+        text,
+        fontsize=size,
+        color=color,
+        weight="bold" if bold else "normal",
+        ha=align,
+        va=valign,
+        rotation=rotation,
+        rotation_mode="anchor",
+        linespacing=1.3,
+        parse_math=False,
+    )
 
 
 def pixels(image: Tensor) -> NDArray[object]:

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
@@ -27,13 +28,14 @@ Point = tuple[float, float]
 
 # Inches.
 _MARGIN = 0.3
-_CROWN_RADIUS = 3.95
-_INNERMOST_RING = 0.95
-_TRUNK_LEVEL = 1.3
-_REWARD_ROOM = 0.55
+_CROWN_RADIUS = 4.08
+_INNERMOST_RING = 1.2
+_TRUNK_LEVEL = 1.75
+_REWARD_ROOM = 0.52
 _LARGEST_IMAGE = 0.66
+_FOOTER = 0.5
 
-_CROWN_ANGLE = math.radians(236)
+_CROWN_ANGLE = math.radians(240)
 _LEAF_ANGLE = math.radians(30)
 """At most, so that a crown of few leaves is narrow."""
 
@@ -45,7 +47,7 @@ def advantage_color(advantage: float, limit: float) -> Color:
         Red, green and blue in [0, 1].
     """
     end = to_rgb(style.GOOD if advantage > 0 else style.BAD)
-    share = min(abs(advantage) / limit, 1.0) if limit > 0 else 0.0
+    share = min(abs(advantage) / limit, 1.0) ** 0.75 if limit > 0 else 0.0
     red, green, blue = (
         neutral + share * (target - neutral)
         for neutral, target in zip(to_rgb(style.NEUTRAL), end, strict=True)
@@ -101,9 +103,8 @@ def draw_forest(
     _write_rewards(axes, plan, layout, rewards)
     _write_levels(axes, plan, layout, sigmas)
     _write_zones(axes, plan, layout)
-    _write_title(axes, plan, prompt)
+    _write_texts(axes, plan, layout, prompt)
     _draw_color_bar(axes, layout, limit)
-    _write_footer(axes, plan, layout)
     style.save(figure, path)
 
 
@@ -191,13 +192,12 @@ def _arrange(plan: RolloutPlan, images: Mapping[int, Tensor]) -> _Layout:
     trunk = [level for level in levels[:-1] if plan.widths[level] == 1]
     rings = levels[len(trunk) :]
     radii = {level: -_TRUNK_LEVEL * depth for depth, level in enumerate(reversed(trunk))}
-    innermost = _CROWN_RADIUS / len(rings) if trunk else _INNERMOST_RING
     for index, level in enumerate(rings):
         share = index / max(len(rings) - 1, 1)
-        radii[level] = innermost + share * (_CROWN_RADIUS - innermost)
+        radii[level] = _INNERMOST_RING + share * (_CROWN_RADIUS - _INNERMOST_RING)
 
     span = min(_CROWN_ANGLE, _LEAF_ANGLE * plan.leaves)
-    gaps = [_gap(plan, levels, leaf) for leaf in range(1, plan.leaves)]
+    gaps = [_gap(plan, leaf) for leaf in range(1, plan.leaves)]
     unit = span / (sum(gaps) + 1)
     leaf_angles = [math.pi / 2 + span / 2 - unit / 2]
     for gap in gaps:
@@ -211,34 +211,28 @@ def _arrange(plan: RolloutPlan, images: Mapping[int, Tensor]) -> _Layout:
         ]
 
     height, width = images[plan.steps].shape[-2:]
-    shape = (width / max(width, height), height / max(width, height))
-    spacing = (_CROWN_RADIUS - innermost) / max(len(rings) - 1, 1) if len(rings) > 1 else 1.0
+    spacing = (_CROWN_RADIUS - _INNERMOST_RING) / max(len(rings) - 1, 1)
     sizes = {}
     for level in levels:
-        side = min(_LARGEST_IMAGE, 0.7 * spacing if level in rings else _LARGEST_IMAGE)
-        for one, next_ in zip(angles[level], angles[level][1:], strict=False):
-            # Neighbors on a diagonal are the tightest: squares touch at 0.707 of their distance.
-            side = min(side, 0.72 * 2 * radii[level] * math.sin((one - next_) / 2))
-        sizes[level] = (side * shape[0], side * shape[1])
+        side = _LARGEST_IMAGE if level in trunk else min(_LARGEST_IMAGE, 0.68 * spacing)
+        for one, other in zip(angles[level], angles[level][1:], strict=False):
+            across = abs(math.cos(one) - math.cos(other))
+            along = abs(math.sin(one) - math.sin(other))
+            side = min(side, 0.95 * radii[level] * max(across, along))
+        sizes[level] = (side * width / max(width, height), side * height / max(width, height))
 
-    page_width = 2 * (_CROWN_RADIUS + _REWARD_ROOM + 0.2)
-    center = (page_width / 2, _MARGIN + _REWARD_ROOM + _CROWN_RADIUS)
-    below = max(
-        -_CROWN_RADIUS * math.cos(span / 2) + 0.5, -min(radii.values()) + _LARGEST_IMAGE / 2
-    )
-    return _Layout(
-        tuple(levels), radii, angles, sizes, span / 2, center, page_width,
-        center[1] + below + _MARGIN + 0.15,
-    )  # fmt: skip
+    reach = _CROWN_RADIUS + max(sizes[plan.steps]) / 2 + _REWARD_ROOM
+    page_width = 2 * reach
+    center = (page_width / 2, _MARGIN / 2 + reach)
+    below = max(0.55 - _CROWN_RADIUS * math.cos(span / 2), 0.5 - min(radii.values()))
+    page_height = center[1] + below + _FOOTER + _MARGIN
+    return _Layout(tuple(levels), radii, angles, sizes, span / 2, center, page_width, page_height)
 
 
-def _gap(plan: RolloutPlan, levels: Sequence[int], leaf: int) -> float:
+def _gap(plan: RolloutPlan, leaf: int) -> float:
     """Room before a leaf, in units of siblings' distance: more where larger branches meet."""
-    parted = sum(
-        (leaf - 1) * plan.widths[level] // plan.leaves != leaf * plan.widths[level] // plan.leaves
-        for level in {plan.widths[level]: level for level in levels}.values()
-    )
-    return 1.0 + 0.25 * (parted - 1)
+    meeting = sum(leaf % (plan.leaves // width) == 0 for width in set(plan.widths))
+    return 1.0 + 0.15 * (meeting - 1)
 
 
 # --- what is drawn ---
@@ -249,10 +243,16 @@ def _shade_window(axes: Axes, plan: RolloutPlan, layout: _Layout) -> None:
     degrees = math.degrees(layout.half_span) + 3
     axes.add_patch(
         Wedge(
-            layout.center, end, -90 - degrees, -90 + degrees, width=end - start,
-            facecolor=style.SHADE, edgecolor="none", zorder=0,
-        )
-    )  # fmt: skip
+            layout.center,
+            end,
+            -90 - degrees,
+            -90 + degrees,
+            width=end - start,
+            facecolor=style.SHADE,
+            edgecolor="none",
+            zorder=0,
+        ),
+    )
 
 
 def _window_radii(plan: RolloutPlan, layout: _Layout) -> tuple[float, float]:
@@ -283,10 +283,15 @@ def _draw_edge(
     width = 1.2 if color is None else 1.6 + 4 * min(layout.sizes[child[0]])
     axes.add_patch(
         PathPatch(
-            curve, facecolor="none", edgecolor=color or style.MUTED, linewidth=width,
-            linestyle="-" if color else (0, (1, 1.8)), capstyle="round", zorder=2,
-        )
-    )  # fmt: skip
+            curve,
+            facecolor="none",
+            edgecolor=color or style.MUTED,
+            linewidth=width,
+            linestyle="-" if color else (0, (1, 1.8)),
+            capstyle="round",
+            zorder=2,
+        ),
+    )
 
 
 def _write_rewards(axes: Axes, plan: RolloutPlan, layout: _Layout, rewards: Tensor) -> None:
@@ -294,100 +299,99 @@ def _write_rewards(axes: Axes, plan: RolloutPlan, layout: _Layout, rewards: Tens
     best = float(rewards.max())
     for angle, reward in zip(layout.angles[plan.steps], rewards.tolist(), strict=True):
         cosine, sine = abs(math.cos(angle)), abs(math.sin(angle))
-        edge = min(width / 2 / max(cosine, 1e-9), height / 2 / max(sine, 1e-9))
-        x, y = layout.polar(_CROWN_RADIUS + edge + 0.06 + 0.15 * cosine + 0.06 * sine, angle)
-        axes.text(
-            x, y, f"{reward:.2f}", ha="center", va="center", fontsize=8,
-            color=style.INK if reward == best else style.MUTED,
-            weight="bold" if reward == best else "normal",
-        )  # fmt: skip
-
-
-def _write_levels(axes: Axes, plan: RolloutPlan, layout: _Layout, sigmas: Sequence[float]) -> None:
-    for level in layout.levels:
-        name = "finished" if level == plan.steps else f"after {level} step{'s' * (level != 1)}"
-        text = f"{name if level else 'start'}\n{100 * sigmas[level]:.0f} % noise"
-        radius = layout.radii[level]
-        if radius <= 0:
-            x, y = layout.point(level, 0)
-            x, alignment = x + layout.sizes[level][0] / 2 + 0.12, "left"
-        else:
-            x, y = layout.polar(radius, math.pi / 2 - layout.half_span - 0.06)
-            y, alignment = y + 0.2, "center"
-        axes.text(
-            x, y, text, ha=alignment, va="center", color=style.MUTED, fontsize=8, linespacing=1.3
+        to_frame = min(width / 2 / max(cosine, 1e-9), height / 2 / max(sine, 1e-9))
+        radius = _CROWN_RADIUS + to_frame + 0.06 + 0.15 * cosine + 0.06 * sine
+        is_best = reward == best
+        style.write(
+            axes,
+            layout.polar(radius, angle),
+            f"{reward:.2f}",
+            size=8,
+            color=style.INK if is_best else style.MUTED,
+            bold=is_best,
+            align="center",
         )
 
 
+def _write_levels(axes: Axes, plan: RolloutPlan, layout: _Layout, sigmas: Sequence[float]) -> None:
+    """How far each drawn level is, right of the trunk and along the crown's right edge."""
+    for level in layout.levels:
+        name = "start" if level == 0 else f"after {level} step{'s' * (level > 1)}"
+        if level == plan.steps:
+            name = "finished"
+        text = f"{name}\n{100 * sigmas[level]:.0f} % noise"
+        radius = layout.radii[level]
+        if radius > 0:
+            x, y = layout.polar(radius, math.pi / 2 - layout.half_span - 0.06)
+            style.write(axes, (x, y + 0.2), text, size=8, color=style.MUTED, align="center")
+            continue
+        x, y = layout.point(level, 0)
+        if level == layout.levels[0]:
+            x += layout.sizes[level][0] / 2 + 0.12
+        else:
+            # Its sides may be taken by the crown, so below it and beside the trunk.
+            x, y = x + 0.12, y + layout.sizes[level][1] / 2 + 0.2
+        style.write(axes, (x, y), text, size=8, color=style.MUTED)
+
+
 def _write_zones(axes: Axes, plan: RolloutPlan, layout: _Layout) -> None:
-    """Names of the crown's zones along its left edge, and of the trunk beside it."""
-    start, end = _window_radii(plan, layout)
-    children = max(plan.branching)
-    branches = f"every node branches into {children}" if children > 1 else "every step is sampled"
-    zones = [((start + end) / 2, "stochastic window", branches)]
-    if end < _CROWN_RADIUS:
-        zones.append(((end + _CROWN_RADIUS) / 2, "deterministic", "tails"))
+    """The names of the window and the tails along the crown's left edge, of the prefix on the left
+    of the trunk."""
+    _, end = _window_radii(plan, layout)
     angle = math.pi / 2 + layout.half_span
-    for radius, name, detail in zones:
-        x, y = layout.polar(radius, angle + 0.05)
-        for line, (text, weight) in enumerate(((name, "bold"), (detail, "normal"))):
-            offset = 0.16 + 0.17 * line
-            axes.text(
-                x + offset * math.sin(angle - math.pi) , y + offset * -math.cos(angle), text,
-                ha="center", va="center", rotation=math.degrees(angle) - 180,
-                rotation_mode="anchor", color=style.INK if line == 0 else style.MUTED, fontsize=9,
-                weight=weight,
-            )  # fmt: skip
+    rotation = math.degrees(angle) - 180
+
+    def along_edge(radius: float, lines: Sequence[str], align: Literal["left", "center"]) -> None:
+        x, y = layout.polar(radius, angle + math.radians(3))
+        for index, line in enumerate(lines):
+            down = 0.15 + 0.17 * index
+            point = (x + down * math.sin(angle - math.pi), y - down * math.cos(angle))
+            color = style.MUTED if index else style.INK
+            style.write(
+                axes, point, line, color=color, bold=not index, align=align, rotation=rotation
+            )
+
+    children = max(plan.branching)
+    detail = f"every node branches into {children}" if children > 1 else "every step is random"
+    along_edge(end - 0.05, ("stochastic window", detail), "left")
+    if end < _CROWN_RADIUS:
+        along_edge((end + _CROWN_RADIUS) / 2, ("deterministic", "tails"), "center")
     lowest = min(layout.radii.values())
     if lowest < 0:
-        x, y = layout.center
-        axes.text(
-            x - 0.16, y - lowest / 2, "shared\ndeterministic\nprefix", ha="right", va="center",
-            color=style.INK, fontsize=9, weight="bold", linespacing=1.25,
-        )  # fmt: skip
+        point = (layout.center[0] - 0.14, layout.center[1] - lowest - 0.7)
+        style.write(axes, point, "shared\ndeterministic\nprefix", bold=True, align="right")
 
 
-def _write_title(axes: Axes, plan: RolloutPlan, prompt: str) -> None:
+def _write_texts(axes: Axes, plan: RolloutPlan, layout: _Layout, prompt: str) -> None:
     trees = "one tree" if plan.roots == 1 else f"{plan.roots} trees"
-    axes.text(
-        _MARGIN, _MARGIN + 0.14, f"One prompt, {trees}", color=style.INK, fontsize=15,
-        weight="bold", va="center",
-    )  # fmt: skip
-    axes.text(
-        _MARGIN, _MARGIN + 0.4, textwrap.fill(f"“{prompt}”", 26, max_lines=4, placeholder=" …”"),
-        color=style.MUTED, fontsize=10.5, va="top", linespacing=1.3, parse_math=False,
-    )  # fmt: skip
+    style.write(axes, (_MARGIN, _MARGIN + 0.14), f"One prompt, {trees}", size=15, bold=True)
+    quoted = textwrap.fill(f"“{prompt}”", 24, max_lines=3, placeholder=" …”")
+    point = (_MARGIN, _MARGIN + 0.38)
+    style.write(axes, point, quoted, size=10.5, color=style.MUTED, valign="top")
+    style.write(
+        axes,
+        (layout.width / 2, layout.height - _MARGIN),
+        "Each small image is the model's guess, at that point, of the finished one.\n"
+        "The numbers are the rewards of the finished ones.",
+        color=style.MUTED,
+        align="center",
+        valign="bottom",
+    )
 
 
 def _draw_color_bar(axes: Axes, layout: _Layout, limit: float) -> None:
-    width, height = 1.9, 0.11
-    right, top = layout.width - _MARGIN, _MARGIN + 0.34
+    width, height = 1.75, 0.1
+    right, top = layout.width - _MARGIN, _MARGIN + 0.3
     colors = [advantage_color(step / 64, 1.0) for step in range(-64, 65)]
     axes.imshow(
-        [list(range(len(colors)))], extent=(right - width, right, top + height, top),
-        cmap=ListedColormap(colors), aspect="auto", interpolation="nearest",
-    )  # fmt: skip
-    axes.text(
-        right - width / 2, top - 0.2, "advantage of a branch", color=style.INK, fontsize=9,
-        weight="bold", ha="center", va="center",
-    )  # fmt: skip
-    ends = (
-        (right - width, f"−{limit:.1f}\nworse", "left"),
-        (right, f"+{limit:.1f}\nbetter", "right"),
+        [list(range(len(colors)))],
+        extent=(right - width, right, top + height, top),
+        cmap=ListedColormap(colors),
+        aspect="auto",
+        interpolation="nearest",
     )
-    for x, text, alignment in (*ends, (right - width / 2, "0\nas the average", "center")):
-        axes.text(
-            x, top + height + 0.07, text, color=style.MUTED, fontsize=8, ha=alignment, va="top",
-            linespacing=1.35,
-        )  # fmt: skip
-
-
-def _write_footer(axes: Axes, plan: RolloutPlan, layout: _Layout) -> None:
-    text = (
-        "Each small image is the model's guess of the\nfinished one at that point. "
-        "The numbers at the\nleaves are their rewards."
-    )
-    axes.text(
-        _MARGIN, layout.height - _MARGIN, text, color=style.MUTED, fontsize=9, va="bottom",
-        linespacing=1.4,
-    )  # fmt: skip
+    title = (right - width / 2, top - 0.18)
+    style.write(axes, title, "advantage of a branch", bold=True, align="center")
+    y = top + height + 0.14
+    style.write(axes, (right - width, y), f"worse {-limit:.1f}", size=8, color=style.MUTED)
+    style.write(axes, (right, y), f"+{limit:.1f} better", size=8, color=style.MUTED, align="right")

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from treegrpo.errors import UserError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
@@ -50,13 +52,13 @@ def load_reward(name: str) -> Reward:
     The module may be installed or lie in the current directory.
 
     Raises:
-        ValueError: no such built-in, module or function, or the module fails to import.
+        UserError: no such built-in, module or function, or the module fails to import.
     """
     target = BUILT_IN.get(name, name)
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
-        raise ValueError(
+        raise UserError(
             f"reward {name!r} is unknown{f' (did you mean {near[0]!r}?)' if near else ''}; "
             f"built in are {', '.join(BUILT_IN)}; your own is written as 'module:function'"
         )
@@ -66,14 +68,14 @@ def load_reward(name: str) -> Reward:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
-        raise ValueError(
+        raise UserError(
             f"reward {name!r}: the module {module_name!r} cannot be imported "
             f"({type(error).__name__}: {error}); looked in the current directory, {os.getcwd()}, "
             "and the installed packages"
         ) from error
     reward = getattr(module, attribute, None)
     if not callable(reward):
-        raise ValueError(
+        raise UserError(
             f"reward {name!r}: the module {module_name!r} ({module.__file__}) has no function "
             f"{attribute!r}"
         )
