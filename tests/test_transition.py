@@ -97,6 +97,9 @@ def test_ddim_is_that_of_diffusers(prediction: Prediction, eta: float) -> None:
     reference = DDIMScheduler(
         prediction_type=prediction, clip_sample=False, set_alpha_to_one=False, steps_offset=1
     )
+    # Its float32 levels lose 1 - alpha / alpha' to cancellation; in float64 the two agree closely.
+    reference.alphas_cumprod = reference.alphas_cumprod.double()
+    reference.final_alpha_cumprod = reference.final_alpha_cumprod.double()
     reference.set_timesteps(8)
     kept = reference.alphas_cumprod[reference.timesteps].tolist()
     schedule = variance_preserving_schedule(
@@ -117,10 +120,9 @@ def test_ddim_is_that_of_diffusers(prediction: Prediction, eta: float) -> None:
         else:
             transition = stochastic(schedule, step, "ddim", eta)
             std = (published(torch.ones_like(x)) - expected).mean().item()
-            # diffusers keeps its levels in float32 and takes 1 - alpha / alpha' from them.
-            assert transition.std == pytest.approx(std, rel=1e-5)
+            assert transition.std == pytest.approx(std, rel=1e-9)
         mean = transition.mean(*clean_and_noise(output, x, schedule, step))
-        assert (mean - expected).abs().max() <= 1e-5 * expected.abs().max()
+        assert (mean - expected).abs().max() <= 1e-9 * expected.abs().max()
 
 
 def test_ode_is_the_euler_step_of_diffusers() -> None:

@@ -111,7 +111,8 @@ def check_space(folder: Path, needed: int) -> None:
     Raises:
         RunError: the disk has less free.
     """
-    free = shutil.disk_usage(folder).free
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if needed > free:
         raise RunError(
             f"output: {folder} has {free / 2**20:,.0f} MiB free, but the checkpoint and the "

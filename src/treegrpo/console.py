@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -16,7 +20,7 @@ class Display:
     Use as a context manager; `show` after each iteration, `say` for a line that stays.
     """
 
-    def __init__(self, iterations: int, enabled: bool = True) -> None:
+    def __init__(self, iterations: int, *, enabled: bool = True) -> None:
         self._console = Console(quiet=not enabled, highlight=False)
         self._live = self._console.is_terminal
         self._iterations = iterations
@@ -64,3 +68,30 @@ class Display:
         for name, value in rows:
             table.add_row(name, value)
         self._console.print(table)
+
+
+@dataclass
+class Stop:
+    requested: bool = False
+
+
+@contextmanager
+def stop_signal() -> Iterator[Stop]:
+    """The first Ctrl-C asks the loop to end after its iteration; the second one interrupts it."""
+    stop = Stop()
+
+    def handle(signal_number: int, frame: Any) -> None:
+        if stop.requested:
+            raise KeyboardInterrupt
+        stop.requested = True
+        print("\nstopping after this iteration; press Ctrl-C again to stop at once", flush=True)
+
+    try:
+        previous = signal.signal(signal.SIGINT, handle)
+    except ValueError:  # not in the main thread: leave signals to whoever owns them
+        yield stop
+        return
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -201,6 +201,11 @@ class WindowSchedule:
         return max(self.steps - self.size, 1)
 
     @property
+    def possible_starts(self) -> tuple[int, ...]:
+        """Every start that `at` can return."""
+        return (self.start,) if self.kind == "fixed" else tuple(range(self.starts))
+
+    @property
     def probabilities(self) -> tuple[float, ...]:
         """`Pr[i] = (1 - r) r^i / (1 - r^(T-w))` for i in 0..T-w-1 (TreeGRPO, section 4)."""
         weights = [self.decay**start for start in range(self.starts)]

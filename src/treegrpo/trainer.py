@@ -8,14 +8,10 @@ knows about them beyond `prepare`, `backward`, `gather` and `clip_grad_norm_`.
 from __future__ import annotations
 
 import copy
-import json
-import platform
-import signal
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,6 @@ import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from treegrpo import checkpoint, plan
 from treegrpo.advantage import (
@@ -34,13 +29,15 @@ from treegrpo.advantage import (
     without_signal,
 )
 from treegrpo.config import Config, RolloutConfig
-from treegrpo.console import Display
+from treegrpo.console import Display, stop_signal
 from treegrpo.errors import UserError
 from treegrpo.evaluate import Evaluation, default_device, evaluate
+from treegrpo.models.folder import LORA_FILE, ModelError, resolve
 from treegrpo.models.policy import Policy, load_policy
 from treegrpo.objective import UpdateStatistics, losses
 from treegrpo.plan import RolloutPlan, WindowSchedule
 from treegrpo.prompts import PromptSampler, load_prompts
+from treegrpo.report.run import RunLog, TrainingResult, describe, write_report, write_versions
 from treegrpo.rewards import Reward, load_reward, score
 from treegrpo.rollout import Predict, Rollout, rollout
 from treegrpo.transition import transitions
@@ -104,20 +101,6 @@ def window_schedule(config: Config) -> WindowSchedule:
     )
 
 
-@dataclass(frozen=True)
-class TrainingResult:
-    """What a run achieved: reward means on held-out prompts, and what it cost."""
-
-    folder: Path
-    before: dict[str, float]
-    after: dict[str, float]
-    iterations: int
-    seconds: float
-    rollout_forwards: int
-    update_forwards: int
-    interrupted: bool
-
-
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> TrainingResult:
     """Train as configured; everything about the run is written to `config.output`.
 
@@ -127,52 +110,40 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     """
     trainer = Trainer(config)
     if trainer.is_main:
-        checkpoint.prepare_folder(config, resume=resume, overwrite=overwrite)
         checkpoint.check_space(config.output, trainer.state_bytes())
-        _write_versions(config.output)
+        checkpoint.prepare_folder(config, resume=resume, overwrite=overwrite)
+        write_versions(config.output)
     trainer.accelerator.wait_for_everyone()
-    log = _Log(config.output) if trainer.is_main else None
-    limit = (config.train.time_limit_minutes or float("inf")) * 60
+    log = RunLog(config.output, enabled=trainer.is_main)
+    limit = (config.train.time_limit_minutes or math.inf) * 60
     with (
-        Display(config.train.iterations, trainer.is_main) as display,
-        _stop_signal() as stop,
+        Display(config.train.iterations, enabled=trainer.is_main) as display,
+        stop_signal() as stop,
     ):
-        before = trainer.evaluate()
+        before = last = trainer.evaluate()
+        display.say(f"before: {describe(before)}")
         if resume:
             trainer.load()
-        display.say(f"before: {_figures(before)}")
-        if log is not None and not resume:
+        else:
             log.evaluation(0, before)
-        last = before
+        evaluated_at = 0
         try:
-            while trainer.iteration < config.train.iterations and not stop.requested:
+            while trainer.iteration < config.train.iterations and trainer.seconds < limit:
                 metrics = trainer.iterate()
-                if log is not None:
-                    log.metrics(metrics)
-                done = trainer.iteration
-                per_iteration = trainer.seconds / done
-                left = min(
-                    (config.train.iterations - done) * per_iteration, limit - trainer.seconds
-                )
-                display.show(metrics, max(left, 0))
-                if config.evaluation.every and done % config.evaluation.every == 0:
-                    last = trainer.evaluate()
-                    if log is not None:
-                        log.evaluation(done, last)
-                if config.train.save_every and done % config.train.save_every == 0:
+                log.metrics(metrics)
+                display.show(metrics, trainer.seconds_left(limit))
+                if _is_due(config.evaluation.every, trainer.iteration):
+                    last, evaluated_at = trainer.evaluate(), trainer.iteration
+                    log.evaluation(evaluated_at, last)
+                if _is_due(config.train.save_every, trainer.iteration):
                     trainer.save()
-                if trainer.seconds >= limit:
+                if stop.requested:
                     break
-        except BaseException:
+        finally:
             trainer.save()
-            raise
-        trainer.save()
-        if trainer.iteration and not (
-            config.evaluation.every and trainer.iteration % config.evaluation.every == 0
-        ):
+        if evaluated_at != trainer.iteration:
             last = trainer.evaluate()
-            if log is not None:
-                log.evaluation(trainer.iteration, last)
+            log.evaluation(trainer.iteration, last)
     result = TrainingResult(
         config.output,
         {name: before.mean(name) for name in before.scores},
@@ -183,11 +154,15 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         trainer.update_forwards,
         stop.requested,
     )
-    if trainer.is_main and log is not None:
+    if trainer.is_main:
         trainer.export(config.output / "model")
-        log.close()
-        _report(config, before, last, result, display)
+        write_report(config, before, last, result, display)
+    log.close()
     return result
+
+
+def _is_due(every: int, iteration: int) -> bool:
+    return every > 0 and iteration % every == 0
 
 
 class Trainer:
@@ -196,8 +171,7 @@ class Trainer:
     def __init__(self, config: Config) -> None:
         self.config = config
         schedule = window_schedule(config)
-        for start in {schedule.at(0), schedule.starts - 1}:
-            build_plan(config.rollout, start)
+        plans = [build_plan(config.rollout, start) for start in schedule.possible_starts]
         self.window = schedule
         self.rewards: dict[str, Reward] = {r.name: load_reward(r.name) for r in config.rewards}
         self.held_out = load_prompts(config.prompts.held_out, "held_out")
@@ -218,6 +192,11 @@ class Trainer:
                 f"be a multiple of {ranks} processes x {config.train.updates_per_iteration} "
                 "updates per iteration"
             )
+        if (Path(resolve(config.model.path)) / LORA_FILE).is_file():
+            raise ModelError(
+                f"model.path: {config.model.path} holds LoRA weights, which can be sampled and "
+                "evaluated; to train them on, continue their run with --resume"
+            )
         torch.manual_seed(config.train.seed)
         self.policy: Policy = load_policy(
             config.model.path,
@@ -230,8 +209,8 @@ class Trainer:
             max_sequence_length=config.model.max_sequence_length,
         )
         # Building the transitions refuses a step without a density before any sampling.
-        for start in range(schedule.starts):
-            self._transitions(build_plan(config.rollout, start))
+        for shape in plans:
+            self._transitions(shape)
         if config.model.lora_rank:
             self.policy.add_lora(
                 config.model.lora_rank,
@@ -245,6 +224,7 @@ class Trainer:
             lr=config.train.learning_rate,
             betas=(config.train.adam_beta1, config.train.adam_beta2),
             weight_decay=config.train.weight_decay,
+            fused=True,
         )
         self.policy.transformer, self.optimizer = self.accelerator.prepare(
             self.policy.transformer, optimizer
@@ -273,16 +253,15 @@ class Trainer:
                 images = self.policy.decode(forest.leaves.flatten(0, 1), config.rollout.max_batch)
             with watch("reward"):
                 rewards = self._score(images, prompts)
+            advantages = self._advantages(rewards, forest)
+            with watch("update"):
+                first, all_updates, gradient_norm = self._update(
+                    predict, forest, advantages, self._reference_predictor(prompts)
+                )
         except BaseException:
             # The iteration did not happen: a resumed run draws these prompts again.
             self.sampler.load_state_dict(state)
             raise
-        advantages = self._advantages(rewards, forest)
-        with watch("update"):
-            first, all_updates, gradient_norm = self._update(
-                predict, forest, advantages, self._reference_predictor(prompts)
-            )
-        self._check_ratio(first)
         self.iteration += 1
         self.seconds += watch.total
         self.rollout_forwards += forest.forwards * self.accelerator.num_processes
@@ -306,6 +285,11 @@ class Trainer:
             "seconds": watch.total,
             **{f"seconds_{name}": seconds for name, seconds in watch.seconds.items()},
         }
+
+    def seconds_left(self, limit: float) -> float:
+        """Until the last iteration or the time limit, at the speed so far."""
+        remaining = self.config.train.iterations - self.iteration
+        return max(0.0, min(remaining * self.seconds / self.iteration, limit - self.seconds))
 
     # --- the stages of an iteration ---
 
@@ -409,6 +393,8 @@ class Trainer:
                     statistics=statistics,
                 ):
                     self.accelerator.backward(loss)
+                if not each:
+                    self._check_ratio(statistics)
                 norm = self.accelerator.clip_grad_norm_(self.parameters, config.train.max_grad_norm)
                 norms.append(float(norm))
                 self.optimizer.step()
@@ -563,34 +549,11 @@ class Trainer:
 
     def export(self, folder: Path) -> None:
         """Write the trained model for diffusers."""
+        base = Path(self.config.model.path).expanduser()
+        # LoRA weights name their base model, which must be found from any folder.
+        base_model = str(base.resolve()) if base.is_dir() else self.config.model.path
         with self._averaged():
-            self.policy.save(folder, base_model=self.config.model.path)
-
-
-class _Log:
-    """Metrics to JSONL and TensorBoard."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._board = SummaryWriter(str(folder / "tensorboard"))
-
-    def metrics(self, metrics: dict[str, float]) -> None:
-        checkpoint.append_line(self._folder / checkpoint.METRICS_FILE, metrics)
-        for name, value in metrics.items():
-            self._board.add_scalar(f"train/{name}", value, int(metrics["iteration"]))
-
-    def evaluation(self, iteration: int, evaluation: Evaluation) -> None:
-        means = {name: evaluation.mean(name) for name in evaluation.scores}
-        errors = {
-            f"{name}_standard_error": evaluation.standard_error(name) for name in evaluation.scores
-        }
-        record = {"iteration": iteration, **means, **errors, "seconds": evaluation.seconds}
-        checkpoint.append_line(self._folder / checkpoint.EVALUATIONS_FILE, record)
-        for name, value in means.items():
-            self._board.add_scalar(f"held_out/{name}", value, iteration)
-
-    def close(self) -> None:
-        self._board.close()
+            self.policy.save(folder, base_model)
 
 
 class _Stopwatch:
@@ -612,102 +575,3 @@ class _Stopwatch:
     @property
     def total(self) -> float:
         return time.perf_counter() - self._start
-
-
-@dataclass
-class _Stop:
-    requested: bool = False
-
-
-@contextmanager
-def _stop_signal() -> Iterator[_Stop]:
-    """The first Ctrl-C asks the loop to end after its iteration; the second one interrupts it."""
-    stop = _Stop()
-
-    def handle(signal_number: int, frame: Any) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-        print("\nstopping after this iteration; press Ctrl-C again to stop at once", flush=True)
-
-    try:
-        previous = signal.signal(signal.SIGINT, handle)
-    except ValueError:  # not in the main thread: leave signals to whoever owns them
-        yield stop
-        return
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _write_versions(folder: Path) -> None:
-    packages = ("treegrpo", "torch", "diffusers", "transformers", "accelerate", "peft")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    checkpoint.write_atomically(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
-
-
-def _figures(evaluation: Evaluation) -> str:
-    return "  ".join(f"{name} {evaluation.mean(name):.3f}" for name in evaluation.scores)
-
-
-def _report(
-    config: Config,
-    before: Evaluation,
-    after: Evaluation,
-    result: TrainingResult,
-    display: Display,
-) -> None:
-    """Pictures, summary.json and the closing table."""
-    from treegrpo.report.pictures import before_after, training_curve
-
-    folder, accuracy = result.folder, config.evaluation.accuracy
-    summary = asdict(result) | {"folder": str(folder)}
-    checkpoint.write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    minutes = result.seconds / 60
-    labels = ["before", f"after {minutes:.0f} minutes"]
-    correct: list[Tensor | None] = [None, None]
-    if accuracy is not None:
-        for index, evaluation in enumerate((before, after)):
-            labels[index] += f": {evaluation.mean(accuracy):.0%} right"
-            correct[index] = evaluation.scores[accuracy][list(evaluation.kept)] > 0.5
-    before_after(
-        folder / "before_after.png",
-        [before.prompts[index] for index in before.kept],
-        before.images,
-        after.images,
-        *correct,
-        label_before=labels[0],
-        label_after=labels[1],
-    )
-    evaluations = checkpoint.read_lines(folder / checkpoint.EVALUATIONS_FILE)
-    main = next(r.name for r in config.rewards if r.weight > 0)
-    for record in evaluations:
-        record["reward"] = record[main]
-        if accuracy is not None:
-            record["accuracy"] = record[accuracy]
-    training_curve(
-        folder / "curve.png", checkpoint.read_lines(folder / checkpoint.METRICS_FILE), evaluations
-    )
-    rows = [
-        (
-            f"{name} on {len(before.prompts)} held-out prompts",
-            f"{result.before[name]:.3f} -> {result.after[name]:.3f}",
-        )
-        for name in before.scores
-    ]
-    rows += [
-        ("iterations", f"{result.iterations}"),
-        ("training time", f"{int(result.seconds // 60)} min {result.seconds % 60:02.0f} s"),
-        (
-            "model forwards",
-            f"{result.rollout_forwards:,} rollout, {result.update_forwards:,} update",
-        ),
-        ("before and after", str(folder / "before_after.png")),
-        ("reward curve", str(folder / "curve.png")),
-        ("metrics", str(folder / checkpoint.METRICS_FILE)),
-        ("trained model", str(folder / "model")),
-    ]
-    display.table("interrupted; what was trained is saved" if result.interrupted else "done", rows)
-    if result.interrupted:
-        display.say("continue with the same command and --resume")

@@ -112,7 +112,10 @@ def load_policy(
     folder = Path(resolve(path))
     stored = read_json(folder / SAMPLING_FILE) if (folder / SAMPLING_FILE).is_file() else {}
     changes = {name: value for name, value in overrides.items() if value is not None}
-    sampling = Sampling(**{**stored, **changes})
+    try:
+        sampling = Sampling(**{**stored, **changes})
+    except TypeError as error:
+        raise ModelError(f"model.path: {folder / SAMPLING_FILE}: {error}") from error
     has_lora = (folder / LORA_FILE).is_file()
     source = resolve(sampling.base_model or path) if has_lora else str(folder)
     if Path(source).is_dir():

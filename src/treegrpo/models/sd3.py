@@ -207,7 +207,13 @@ class SD3Policy:
     def save(self, folder: Path, base_model: str) -> None:
         sampling = replace(self.sampling, base_model=base_model if self._uses_lora else None)
         if self._uses_lora:
-            state = get_peft_model_state_dict(self.pipeline.transformer)
+            config = self.pipeline.transformer.peft_config["default"]
+            # A loader takes an alpha that it is not told to be the rank, so the scale must be in
+            # the weights.
+            state = {
+                name: weight * (config.lora_alpha / config.r) if ".lora_B." in name else weight
+                for name, weight in get_peft_model_state_dict(self.pipeline.transformer).items()
+            }
             self.pipeline.save_lora_weights(folder, transformer_lora_layers=state)
         else:
             self.pipeline.save_pretrained(folder, safe_serialization=True)

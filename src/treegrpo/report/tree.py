@@ -30,7 +30,7 @@ Point = tuple[float, float]
 _MARGIN = 0.3
 _CROWN_RADIUS = 4.08
 _INNERMOST_RING = 1.2
-_TRUNK_LEVEL = 1.75
+_TRUNK_LEVEL = 1.95
 _REWARD_ROOM = 0.52
 _LARGEST_IMAGE = 0.66
 _FOOTER = 0.5
@@ -358,7 +358,7 @@ def _write_zones(axes: Axes, plan: RolloutPlan, layout: _Layout) -> None:
         along_edge((end + _CROWN_RADIUS) / 2, ("deterministic", "tails"), "center")
     lowest = min(layout.radii.values())
     if lowest < 0:
-        point = (layout.center[0] - 0.14, layout.center[1] - lowest - 0.7)
+        point = (layout.center[0] - 0.14, layout.center[1] - lowest - 0.68)
         style.write(axes, point, "shared\ndeterministic\nprefix", bold=True, align="right")
 
 

@@ -1,0 +1,133 @@
+"""What a run writes about itself: metrics, versions, pictures, the summary and its table."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from treegrpo import checkpoint
+from treegrpo.config import Config
+from treegrpo.console import Display
+from treegrpo.evaluate import Evaluation
+from treegrpo.report.pictures import before_after, training_curve
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run achieved: reward means on held-out prompts, and what it cost."""
+
+    folder: Path
+    before: dict[str, float]
+    after: dict[str, float]
+    iterations: int
+    seconds: float
+    rollout_forwards: int
+    update_forwards: int
+    interrupted: bool
+
+
+class RunLog:
+    """Metrics to JSONL and TensorBoard; one process of a run writes, the others keep silent."""
+
+    def __init__(self, folder: Path, *, enabled: bool) -> None:
+        self._folder = folder
+        self._board = SummaryWriter(str(folder / "tensorboard")) if enabled else None
+
+    def metrics(self, metrics: dict[str, float]) -> None:
+        if self._board is None:
+            return
+        checkpoint.append_line(self._folder / checkpoint.METRICS_FILE, metrics)
+        for name, value in metrics.items():
+            self._board.add_scalar(f"train/{name}", value, int(metrics["iteration"]))
+
+    def evaluation(self, iteration: int, evaluation: Evaluation) -> None:
+        if self._board is None:
+            return
+        means = {name: evaluation.mean(name) for name in evaluation.scores}
+        errors = {
+            f"{name}_standard_error": evaluation.standard_error(name) for name in evaluation.scores
+        }
+        record = {"iteration": iteration, **means, **errors, "seconds": evaluation.seconds}
+        checkpoint.append_line(self._folder / checkpoint.EVALUATIONS_FILE, record)
+        for name, value in means.items():
+            self._board.add_scalar(f"held_out/{name}", value, iteration)
+
+    def close(self) -> None:
+        if self._board is not None:
+            self._board.close()
+
+
+def write_versions(folder: Path) -> None:
+    packages = ("treegrpo", "torch", "diffusers", "transformers", "accelerate", "peft")
+    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
+    checkpoint.write_atomically(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
+
+
+def describe(evaluation: Evaluation) -> str:
+    return "  ".join(f"{name} {evaluation.mean(name):.3f}" for name in evaluation.scores)
+
+
+def write_report(
+    config: Config,
+    before: Evaluation,
+    after: Evaluation,
+    result: TrainingResult,
+    display: Display,
+) -> None:
+    """Pictures, summary.json and the closing table."""
+    folder, accuracy = result.folder, config.evaluation.accuracy
+    summary = asdict(result) | {"folder": str(folder)}
+    checkpoint.write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    correct: list[Tensor | None] = [None, None]
+    shares: list[float | None] = [None, None]
+    if accuracy is not None:
+        evaluated = (before, after)
+        correct = [e.scores[accuracy][list(e.kept)] > 0.5 for e in evaluated]
+        shares = [e.mean(accuracy) for e in evaluated]
+    before_after(
+        folder / "before_after.png",
+        [before.prompts[index] for index in before.kept],
+        before.images,
+        after.images,
+        *correct,
+        label_after=f"after {max(result.seconds / 60, 1):.0f} minutes of training",
+        accuracy_before=shares[0],
+        accuracy_after=shares[1],
+    )
+    evaluations = checkpoint.read_lines(folder / checkpoint.EVALUATIONS_FILE)
+    main = next(r.name for r in config.rewards if r.weight > 0)
+    for record in evaluations:
+        record["reward"] = record[main]
+        if accuracy is not None:
+            record["accuracy"] = record[accuracy]
+    training_curve(
+        folder / "curve.png", checkpoint.read_lines(folder / checkpoint.METRICS_FILE), evaluations
+    )
+    rows = [
+        (
+            f"{name} on {len(before.prompts)} held-out prompts",
+            f"{result.before[name]:.3f} -> {result.after[name]:.3f}",
+        )
+        for name in before.scores
+    ]
+    rows += [
+        ("iterations", f"{result.iterations}"),
+        ("training time", f"{int(result.seconds // 60)} min {result.seconds % 60:02.0f} s"),
+        (
+            "model forwards",
+            f"{result.rollout_forwards:,} rollout, {result.update_forwards:,} update",
+        ),
+        ("before and after", str(folder / "before_after.png")),
+        ("reward curve", str(folder / "curve.png")),
+        ("metrics", str(folder / checkpoint.METRICS_FILE)),
+        ("trained model", str(folder / "model")),
+    ]
+    display.table("interrupted; what was trained is saved" if result.interrupted else "done", rows)
+    if result.interrupted:
+        display.say("continue with the same command and --resume")

@@ -1,0 +1,33 @@
+"""What tests share. One thread each, here and in what they start: results then repeat exactly."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Stable Diffusion 3 checkpoint of random weights: the miniature's, with 2 narrow layers."""
+    import torch
+    from diffusers import SD3Transformer2DModel
+
+    from treegrpo.miniature import pretrain
+    from treegrpo.models.policy import quiet_libraries
+
+    quiet_libraries()
+    torch.manual_seed(0)
+    pipeline = pretrain.build_pipeline()
+    smaller = SD3Transformer2DModel.from_config(
+        pipeline.transformer.config,
+        num_layers=2,
+        num_attention_heads=1,
+        caption_projection_dim=32,
+        pos_embed_max_size=8,  # room for pictures wider than its own
+    )
+    pipeline.register_modules(transformer=smaller)
+    folder = tmp_path_factory.mktemp("tiny_checkpoint")
+    pretrain.save(pipeline, folder)
+    return folder

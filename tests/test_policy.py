@@ -1,0 +1,230 @@
+"""The model adapter against diffusers' own pipeline: samples, embeddings, counts and exports."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusion3Pipeline
+
+from treegrpo.evaluate import sample
+from treegrpo.models.folder import ModelError
+from treegrpo.models.policy import Policy, load_policy
+from treegrpo.objective import losses
+from treegrpo.plan import tree_grpo
+from treegrpo.rollout import rollout
+from treegrpo.transition import transitions
+
+PROMPTS = ["a red circle", "two blue squares"]
+STEPS = 5
+# Of images in [0, 1], after five steps of a float32 model and its decoder.
+ROUND_OFF = 1e-5
+
+
+def load(path: Path, **settings: Any) -> Policy:
+    return load_policy(str(path), device=torch.device("cpu"), **{"steps": STEPS, **settings})
+
+
+def diffusers_pipeline(path: Path) -> Any:
+    pipeline = StableDiffusion3Pipeline.from_pretrained(path, text_encoder_3=None, tokenizer_3=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def pipeline_images(pipeline: Any, noise: torch.Tensor, **settings: Any) -> torch.Tensor:
+    images: torch.Tensor = pipeline(
+        PROMPTS,
+        latents=noise,
+        num_inference_steps=STEPS,
+        output_type="pt",
+        **{"guidance_scale": 1.0, "max_sequence_length": 1, **settings},
+    ).images
+    return images
+
+
+def policy_images(policy: Policy) -> torch.Tensor:
+    """One image per prompt, from the noises that `noise_of` gives."""
+    images = sample(
+        policy,
+        PROMPTS,
+        images_per_prompt=1,
+        steps=STEPS,
+        generator=torch.Generator().manual_seed(0),
+        max_batch=64,
+    )
+    return images[:, 0]
+
+
+def noise_of(policy: Policy) -> torch.Tensor:
+    return policy.noise(len(PROMPTS), torch.Generator().manual_seed(0))
+
+
+def perturb(parameters: list[torch.nn.Parameter]) -> None:
+    """Stands in for training."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"guidance_scale": 1.0},
+        {"guidance_scale": 4.0},
+        {"guidance_scale": 4.0, "max_sequence_length": 7},
+        {"height": 32, "width": 48},
+    ],
+    ids=["unguided", "guided", "longer prompts", "wide"],
+)
+@pytest.mark.parametrize("dynamic_shifting", [False, True])
+def test_deterministic_rollouts_are_the_pipelines_samples(
+    tiny_checkpoint: Path, settings: dict[str, Any], dynamic_shifting: bool
+) -> None:
+    policy, pipeline = load(tiny_checkpoint, **settings), diffusers_pipeline(tiny_checkpoint)
+    for one in (pipeline, policy.pipeline):  # type: ignore[attr-defined]
+        one.scheduler.register_to_config(use_dynamic_shifting=dynamic_shifting)
+    expected = pipeline_images(pipeline, noise_of(policy), **settings)
+    assert expected.std() > 0.01
+    assert (policy_images(policy) - expected).abs().max() < ROUND_OFF
+
+
+def test_embeddings_are_the_pipelines_in_any_order_and_number(tiny_checkpoint: Path) -> None:
+    policy, pipeline = load(tiny_checkpoint), diffusers_pipeline(tiny_checkpoint)
+    prompts = [f"a circle {number}" for number in range(40)]
+    policy.encode(prompts[5:8])
+    conditioning = policy.encode([*prompts, prompts[0]])
+    embeddings, _, pooled, _ = pipeline.encode_prompt(
+        [*prompts, prompts[0]], None, None, max_sequence_length=1, do_classifier_free_guidance=False
+    )
+    torch.testing.assert_close(conditioning.embeddings, embeddings)
+    torch.testing.assert_close(conditioning.pooled, pooled)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_forwards_are_the_plans(tiny_checkpoint: Path, guidance_scale: float) -> None:
+    policy = load(tiny_checkpoint, guidance_scale=guidance_scale)
+    rows = {True: 0, False: 0}
+
+    def count(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        rows[torch.is_grad_enabled()] += len(keywords["hidden_states"])
+
+    policy.transformer.register_forward_pre_hook(count, with_kwargs=True)
+    plan = tree_grpo(STEPS, branching=2, window_size=2, window_start=1, trees=2)
+    schedule = policy.schedule(STEPS)
+    predict = policy.predictor(policy.encode(PROMPTS), STEPS)
+    noise = noise_of(policy)[:, None].expand(-1, plan.roots, -1, -1, -1)
+    forest = rollout(
+        predict,
+        noise,
+        plan,
+        schedule,
+        transitions(schedule, plan.stochastic),
+        generator=torch.Generator().manual_seed(0),
+        max_batch=7,
+    )
+    advantages = [torch.ones_like(level.log_prob) for level in forest.levels]
+    sum(losses(predict, forest, advantages, micro_batch=3)).backward()  # type: ignore[union-attr]
+    copies = len(PROMPTS) * (2 if guidance_scale > 1 else 1)
+    assert rows == {False: copies * plan.rollout_forwards, True: copies * plan.update_forwards}
+    assert policy.forwards == sum(rows.values())
+
+
+def test_a_trained_model_is_a_diffusers_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    policy = load(tiny_checkpoint, guidance_scale=2.0)
+    untrained = policy_images(policy)
+    perturb(list(policy.transformer.parameters()))
+    trained = policy_images(policy)
+    assert (trained - untrained).abs().max() > 0.01
+    policy.save(tmp_path, base_model=str(tiny_checkpoint))
+
+    exported = pipeline_images(diffusers_pipeline(tmp_path), noise_of(policy), guidance_scale=2.0)
+    assert (exported - trained).abs().max() < ROUND_OFF
+    # Its own settings came along, so that nobody has to repeat them.
+    again = load(tmp_path, steps=None)
+    assert again.sampling == policy.sampling
+    assert torch.equal(policy_images(again), trained)
+
+
+# An alpha that is not the rank: a loader that does not know it would get the strength wrong.
+@pytest.mark.parametrize(("rank", "alpha"), [(2, 2.0), (2, 8.0), (3, 5.0)])
+def test_trained_lora_weights_load_with_diffusers(
+    tiny_checkpoint: Path, tmp_path: Path, rank: int, alpha: float
+) -> None:
+    policy = load(tiny_checkpoint)
+    untrained = policy_images(policy)
+    base = {name: p.clone() for name, p in policy.transformer.named_parameters()}
+    policy.add_lora(rank, alpha, None)
+    assert torch.equal(policy_images(policy), untrained)
+    adapters = [p for p in policy.transformer.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in adapters) == 2 * 8 * rank * (32 + 32) - rank * (32 + 32)
+    perturb(adapters)
+    trained = policy_images(policy)
+    assert (trained - untrained).abs().max() > 0.01
+    policy.save(tmp_path, base_model=str(tiny_checkpoint))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "pytorch_lora_weights.safetensors",
+        "sampling.json",
+    }
+
+    pipeline = diffusers_pipeline(tiny_checkpoint)
+    pipeline.load_lora_weights(str(tmp_path))
+    exported = pipeline_images(pipeline, noise_of(policy))
+    assert (exported - trained).abs().max() < ROUND_OFF
+    assert (policy_images(load(tmp_path, steps=None)) - trained).abs().max() < ROUND_OFF
+    pipeline.unload_lora_weights()
+    for name, parameter in pipeline.transformer.named_parameters():
+        assert torch.equal(parameter, base[name])
+
+
+def _break_index(folder: Path) -> None:
+    (folder / "model_index.json").unlink()
+
+
+def _other_pipeline(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+
+
+def _damage_index(folder: Path) -> None:
+    (folder / "model_index.json").write_text("{")
+
+
+def _lose_weights(folder: Path) -> None:
+    (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
+
+
+def _truncate_weights(folder: Path) -> None:
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def _damage_sampling(folder: Path) -> None:
+    (folder / "sampling.json").write_text('{"step": 10}')
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (_break_index, ["has no model_index.json", "diffusers folder format"]),
+        (_other_pipeline, ["FluxPipeline", "supported are StableDiffusion3Pipeline"]),
+        (_damage_index, ["model_index.json cannot be read"]),
+        (_lose_weights, ["cannot load", "diffusion_pytorch_model.safetensors"]),
+        (_truncate_weights, ["cannot load", "diffusion_pytorch_model.safetensors"]),
+        (_damage_sampling, ["sampling.json", "step"]),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used_is_named(
+    tiny_checkpoint: Path, tmp_path: Path, fault: Any, words: list[str]
+) -> None:
+    folder = tmp_path / "broken"
+    shutil.copytree(tiny_checkpoint, folder)
+    fault(folder)
+    with pytest.raises(ModelError, match=r"^model\.path: ") as caught:
+        load(folder)
+    for word in (str(folder), *words):
+        assert word in str(caught.value)

@@ -1,0 +1,459 @@
+"""Training from end to end on a tiny model: the command line, exact resume, interruptions."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import toy_rewards
+from diffusers import StableDiffusion3Pipeline
+
+from treegrpo import checkpoint, cli
+from treegrpo.checkpoint import RunError
+from treegrpo.config import Config, load_config
+from treegrpo.rewards import RewardError
+from treegrpo.trainer import Trainer, build_plan, train
+
+STEPS = 4
+REWARD = "toy_rewards:brightness"
+BASE = (
+    f"rollout.steps={STEPS}",
+    "rollout.branching=2",
+    "rollout.window_size=2",
+    "rollout.group_size=4",
+    "rollout.prompts_per_iteration=2",
+    "train.warmup_iterations=0",
+    "evaluation.max_prompts=2",
+    "evaluation.images_per_prompt=1",
+    "model.device=cpu",
+)
+TOY = (f'rewards=[{{"name": "{REWARD}"}}]', "evaluation.accuracy=null")
+# Both are told to be watched by default.
+METRICS = {
+    "iteration",
+    "reward",
+    "reward_std",
+    "reward_std_within_group",
+    "groups_without_signal",
+    "accuracy",
+    "ratio_error",
+    "ratio_mean",
+    "ratio_min",
+    "ratio_max",
+    "clip_fraction",
+    "kl",
+    "loss",
+    "gradient_norm",
+    "effective_sample_size",
+    "window_start",
+    "rollout_forwards",
+    "update_forwards",
+    "learning_rate",
+    "seconds",
+    "seconds_rollout",
+    "seconds_decode",
+    "seconds_reward",
+    "seconds_update",
+}
+
+
+def settings_of(tiny_checkpoint: Path, output: Path, *changes: str) -> list[str]:
+    return [*BASE, *TOY, f"model.path={tiny_checkpoint}", f"output={output}", *changes]
+
+
+@pytest.fixture
+def configure(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., Config]:
+    """Changes to the tests' base settings, to a configuration that writes to `tmp_path/run`."""
+
+    def build(*changes: str) -> Config:
+        return load_config(None, settings_of(tiny_checkpoint, tmp_path / "run", *changes))
+
+    return build
+
+
+def iterate(config: Config, count: int) -> tuple[Trainer, list[dict[str, float]]]:
+    trainer = Trainer(config)
+    return trainer, [trainer.iterate() for _ in range(count)]
+
+
+def weights_of(trainer: Trainer) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in trainer.parameters]
+
+
+def equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# --- through the command line ---
+
+
+@pytest.fixture(scope="module")
+def run(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of three iterations with the default rewards."""
+    folder = tmp_path_factory.mktemp("training") / "run"
+    changes = [
+        *BASE,
+        f"model.path={tiny_checkpoint}",
+        f"output={folder}",
+        "train.iterations=3",
+        "evaluation.every=2",
+    ]
+    result = subprocess.run(
+        [sys.executable, "-m", "treegrpo", "train", *changes], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in ("iteration 3/3", "reward", "accuracy", "done", str(folder / "model")):
+        assert word in result.stdout.replace("\n", "")
+    return folder
+
+
+def test_a_run_leaves_everything_about_it(run: Path) -> None:
+    config = load_config(run / "config.yaml", [])
+    assert config.output == run
+    assert config.train.iterations == 3
+    assert json.loads((run / "versions.json").read_text())["torch"] == torch.__version__
+    assert list((run / "tensorboard").glob("events.out.tfevents.*"))
+    for picture in ("before_after.png", "curve.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    records = checkpoint.read_lines(run / "metrics.jsonl")
+    assert [record["iteration"] for record in records] == [0, 1, 2]
+    for record in records:
+        assert record.keys() >= METRICS
+        shape = build_plan(config.rollout, record["window_start"])
+        assert record["rollout_forwards"] == 2 * shape.rollout_forwards
+        assert record["update_forwards"] == 2 * shape.update_forwards
+        assert record["ratio_error"] < 1e-5
+        assert record["gradient_norm"] > 0
+        stages = sum(record[f"seconds_{stage}"] for stage in ("rollout", "reward", "update"))
+        assert 0 < stages <= record["seconds"]
+    evaluations = checkpoint.read_lines(run / "evaluations.jsonl")
+    assert [record["iteration"] for record in evaluations] == [0, 2, 3]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["iterations"] == 3
+    assert not summary["interrupted"]
+    for kind in ("rollout_forwards", "update_forwards"):
+        assert summary[kind] == sum(record[kind] for record in records)
+
+
+def test_the_trained_model_is_the_checkpoints(run: Path, tiny_checkpoint: Path) -> None:
+    def transformer(folder: Path) -> Any:
+        return StableDiffusion3Pipeline.from_pretrained(
+            folder, text_encoder_3=None, tokenizer_3=None
+        ).transformer
+
+    exported = list(transformer(run / "model").parameters())
+    assert equal(exported, checkpoint.load_state(run)["parameters"])
+    assert not equal(exported, list(transformer(tiny_checkpoint).parameters()))
+
+
+def test_the_trained_model_is_sampled_and_evaluated(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def treegrpo(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["treegrpo", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        assert caught.value.code == 0
+
+    model, picture, figures = str(run / "model"), tmp_path / "grid.png", tmp_path / "figures.json"
+    treegrpo("sample", model, "--prompt", "a red circle", "--count", "2", "--out", str(picture))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    arguments = ["--max-prompts", "2", "--images-per-prompt", "1", "--json", str(figures)]
+    treegrpo("evaluate", model, *arguments)
+    # The same prompts and noises as the run's own last evaluation.
+    last = checkpoint.read_lines(run / "evaluations.jsonl")[-1]
+    for name, figure in json.loads(figures.read_text())["rewards"].items():
+        assert figure["mean"] == pytest.approx(last[name], rel=1e-6)
+        assert figure["standard_error"] == pytest.approx(last[f"{name}_standard_error"], rel=1e-6)
+
+
+def test_other_settings_do_not_resume_a_run(run: Path) -> None:
+    before = checkpoint.read_lines(run / "metrics.jsonl")
+    changed = load_config(run / "config.yaml", ["train.learning_rate=0.5", "rollout.branching=3"])
+    with pytest.raises(RunError) as caught:
+        train(changed, resume=True)
+    assert "train.learning_rate: was 0.001, now 0.5" in str(caught.value)
+    assert "rollout.branching: was 2, now 3" in str(caught.value)
+    with pytest.raises(RunError, match="already holds a run"):
+        train(load_config(run / "config.yaml", []))
+    assert checkpoint.read_lines(run / "metrics.jsonl") == before
+    # What changes neither the result nor its meaning may differ.
+    free = ["train.iterations=9", "train.micro_batch=1", "rollout.max_batch=3"]
+    checkpoint.check_folder(load_config(run / "config.yaml", free), resume=True, overwrite=False)
+
+
+def test_control_c_ends_a_run_that_can_go_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    changes = settings_of(tiny_checkpoint, folder, "train.iterations=100000")
+    command = [sys.executable, "-m", "treegrpo", "train", *changes]
+    with subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent,  # where toy_rewards is
+    ) as process:
+        assert process.stdout is not None
+        assert any(line.startswith("iteration 1/") for line in process.stdout)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors
+    assert "stopping after this iteration" in output
+    assert "--resume" in output
+    done = checkpoint.load_state(folder)["iteration"]
+    assert done == len(checkpoint.read_lines(folder / "metrics.jsonl")) > 0
+    assert (folder / "model" / "model_index.json").is_file()
+    result = train(
+        load_config(folder / "config.yaml", [f"train.iterations={done + 1}"]), resume=True
+    )
+    assert result.iterations == done + 1
+
+
+# --- every way of training ---
+
+ALL_STEPS = ("rollout.noise_level=0.5", "rollout.deterministic_final_step=true")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("rollout.method=tree_grpo", "rollout.trees=2"),
+        ("rollout.method=flow_grpo",),
+        ("rollout.method=dance_grpo",),
+        ("rollout.method=mix_grpo",),
+        ("rollout.method=branch_grpo", "rollout.split_steps=[0, 2]"),
+        ("rollout.method=ddpo",),
+        ("rollout.transition=dance_sde",),
+        ("rollout.transition=cps",),
+        ("rollout.method=flow_grpo", "rollout.transition=cps", *ALL_STEPS),
+        ("objective.guard=true",),
+        ("objective.log_prob_reduction=sum",),
+        ("model.guidance_scale=3.0",),
+        ("model.lora_rank=2",),
+        ("advantage.std=global", "advantage.backup=sibling"),
+        ("model.dtype=bfloat16",),
+    ],
+    ids=" ".join,
+)
+def test_first_update_reproduces_what_the_rollout_sampled(
+    configure: Callable[..., Config], changes: tuple[str, ...]
+) -> None:
+    config = configure(*changes)
+    trainer, (metrics,) = iterate(config, 1)
+    # bfloat16 is exact here too, because both passes see batches of the same shape.
+    assert metrics["ratio_error"] < 1e-5
+    assert metrics["gradient_norm"] > 0
+    shape = build_plan(config.rollout, int(metrics["window_start"]))
+    assert metrics["rollout_forwards"] == 2 * shape.rollout_forwards
+    assert metrics["update_forwards"] == 2 * shape.update_forwards
+    assert all(parameter.isfinite().all() for parameter in trainer.parameters)
+
+
+def test_work_is_counted_over_all_updates(configure: Callable[..., Config]) -> None:
+    changes = ("train.inner_epochs=3", "train.updates_per_iteration=2", "train.ema_decay=0.5")
+    config = configure(*changes)
+    trainer, (metrics,) = iterate(config, 1)
+    shape = build_plan(config.rollout, int(metrics["window_start"]))
+    assert metrics["update_forwards"] == 3 * 2 * shape.update_forwards
+    # The first update is on the sampling policy; the later ones are not.
+    assert metrics["ratio_error"] < 1e-5
+    assert metrics["ratio_min"] < 1 - 1e-5 or metrics["ratio_max"] > 1 + 1e-5
+    assert 0 < metrics["clip_fraction"] < 1
+    assert trainer.average is not None
+    assert trainer.average.optimization_step == 6
+
+
+def test_batch_sizes_change_time_and_memory_only(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gradients(*changes: str) -> torch.Tensor:
+        trainer = Trainer(configure(*changes))
+        monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda: None)
+        trainer.iterate()
+        return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
+
+    whole = gradients("train.micro_batch=64", "rollout.max_batch=64")
+    assert whole.norm() > 1e-3
+    for changes in (("train.micro_batch=1",), ("train.micro_batch=3", "rollout.max_batch=5")):
+        assert (gradients(*changes) - whole).norm() < 1e-4 * whole.norm()
+
+
+@pytest.mark.parametrize("lora", [0, 2])
+def test_divergence_is_from_the_initial_model(configure: Callable[..., Config], lora: int) -> None:
+    config = configure(f"model.lora_rank={lora}", "objective.kl_weight=0.1")
+    trainer, metrics = iterate(config, 2)
+    assert metrics[0]["kl"] == 0
+    assert metrics[1]["kl"] > 1e-6
+    trainer.save()
+    # A resumed run measures from the initial model too, not from where it goes on.
+    resumed = Trainer(config)
+    resumed.load()
+    assert resumed.iterate() | TIMES == trainer.iterate() | TIMES
+    assert equal(weights_of(trainer), weights_of(resumed))
+
+
+TIMES = {name: 0.0 for name in METRICS if name.startswith("seconds")}
+
+
+# --- resuming ---
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        (),
+        ("train.ema_decay=0.9", "train.warmup_iterations=3", "train.updates_per_iteration=2"),
+        ("model.lora_rank=2",),
+    ],
+    ids=["full", "average and warmup", "LoRA"],
+)
+def test_a_resumed_run_is_the_unbroken_one(
+    configure: Callable[..., Config], tmp_path: Path, changes: tuple[str, ...]
+) -> None:
+    outputs = [f"output={tmp_path / name}" for name in ("unbroken", "broken")]
+    unbroken = train(configure(*changes, outputs[0], "train.iterations=4"))
+    train(configure(*changes, outputs[1], "train.iterations=2"))
+    # As if the run had been killed after it had logged one more iteration.
+    checkpoint.append_line(tmp_path / "broken" / "metrics.jsonl", {"iteration": 2})
+    resumed = train(configure(*changes, outputs[1], "train.iterations=4"), resume=True)
+
+    assert (resumed.before, resumed.after) == (unbroken.before, unbroken.after)
+    assert resumed.rollout_forwards == unbroken.rollout_forwards
+    states = [checkpoint.load_state(tmp_path / name) for name in ("unbroken", "broken")]
+    assert equal(states[0]["parameters"], states[1]["parameters"])
+    if "train.ema_decay=0.9" in changes:
+        averages = [state["average"]["shadow_params"] for state in states]
+        assert equal(*averages)
+        assert not equal(averages[0], states[0]["parameters"])
+    logs = [
+        [record | TIMES for record in checkpoint.read_lines(tmp_path / name / "metrics.jsonl")]
+        for name in ("unbroken", "broken")
+    ]
+    assert [record["iteration"] for record in logs[0]] == [0, 1, 2, 3]
+    assert logs[0] == logs[1]
+
+
+def test_a_run_whose_reward_fails_goes_on_as_if_it_had_not(
+    configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure("train.iterations=3")
+    unbroken, expected = iterate(configure(f"output={tmp_path / 'unbroken'}"), 3)
+    calls: list[int] = []
+
+    brightness = toy_rewards.brightness
+
+    def failing(images: torch.Tensor, prompts: list[str], metadata: object) -> torch.Tensor:
+        calls.append(len(images))
+        if len(calls) == 4:  # after the evaluation before training and two iterations
+            raise ConnectionError("the reward's server is gone")
+        return brightness(images, prompts, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("toy_rewards.brightness", failing)
+        with pytest.raises(RewardError) as caught:
+            train(config)
+    for word in (REWARD, "ConnectionError", "the reward's server is gone"):
+        assert word in str(caught.value)
+    (kept,) = (config.output / "failed_reward").glob("*.npz")
+    assert str(kept) in str(caught.value)
+
+    assert train(config, resume=True).iterations == 3
+    state = checkpoint.load_state(config.output)
+    assert equal(state["parameters"], weights_of(unbroken))
+    records = checkpoint.read_lines(config.output / "metrics.jsonl")
+    assert [record | TIMES for record in records] == [record | TIMES for record in expected]
+
+
+def test_a_reward_that_is_not_a_number_is_refused(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(configure())
+    before = weights_of(trainer)
+    monkeypatch.setitem(
+        trainer.rewards, REWARD, lambda images, *_: torch.full((len(images),), torch.nan)
+    )
+    with pytest.raises(RewardError, match=f"{REWARD}' returned nan for the prompt '"):
+        trainer.iterate()
+    assert equal(weights_of(trainer), before)
+
+
+def test_an_interrupted_update_is_repeated(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, expected = iterate(configure(), 1)
+    trainer = Trainer(configure())
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.accelerator, "backward", _out_of_memory)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            trainer.iterate()
+    assert trainer.iterate() | TIMES == expected[0] | TIMES
+
+
+def _out_of_memory(loss: torch.Tensor) -> None:
+    raise RuntimeError("out of memory")
+
+
+# --- disks ---
+
+
+def test_a_run_that_would_not_fit_is_refused_first(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure()
+    usage = shutil.disk_usage(config.output.parent)._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RunError, match=r"output: .* has 1 MiB free, but .* need about \d+ MiB"):
+        train(config)
+    assert not (config.output / "metrics.jsonl").exists()
+
+
+def test_a_full_disk_leaves_the_earlier_checkpoint(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure("train.save_every=1", "train.iterations=3")
+    write = torch.save
+
+    def full_after_half(state: dict[str, Any], path: Path) -> None:
+        if state["iteration"] < 2:
+            return write(state, path)
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    message = r"No space left on device; an earlier checkpoint .* is unharmed"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full_after_half)
+        with pytest.raises(RunError, match=message):
+            train(config)
+    assert checkpoint.load_state(config.output)["iteration"] == 1
+    assert not list(config.output.glob("*.partial"))
+    assert train(config, resume=True).iterations == 3
+
+
+# --- learning ---
+
+
+def test_training_raises_the_reward(configure: Callable[..., Config]) -> None:
+    config = configure(
+        "rollout.branching=4",
+        "rollout.prompts_per_iteration=4",
+        "train.learning_rate=3e-3",
+        "evaluation.max_prompts=16",
+    )
+    trainer = Trainer(config)
+    before = trainer.evaluate().scores[REWARD]
+    rewards = [trainer.iterate()["reward"] for _ in range(15)]
+    # The same prompts and noises, so the difference is the training's.
+    gain = trainer.evaluate().scores[REWARD] - before
+    print(rewards, gain.mean(), gain.std() / 4, before.std())
+    assert gain.mean() > 10 * gain.std() / len(gain) ** 0.5
