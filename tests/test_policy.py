@@ -213,7 +213,7 @@ def _damage_sampling(folder: Path) -> None:
         (_break_index, ["has no model_index.json", "diffusers folder format"]),
         (_other_pipeline, ["FluxPipeline", "supported are StableDiffusion3Pipeline"]),
         (_damage_index, ["model_index.json cannot be read"]),
-        (_lose_weights, ["cannot load", "diffusion_pytorch_model.safetensors"]),
+        (_lose_weights, ["cannot load", "broken/transformer"]),
         (_truncate_weights, ["cannot load", "diffusion_pytorch_model.safetensors"]),
         (_damage_sampling, ["sampling.json", "step"]),
     ],

@@ -452,8 +452,8 @@ def test_training_raises_the_reward(configure: Callable[..., Config]) -> None:
     )
     trainer = Trainer(config)
     before = trainer.evaluate().scores[REWARD]
-    rewards = [trainer.iterate()["reward"] for _ in range(15)]
+    for _ in range(8):
+        trainer.iterate()
     # The same prompts and noises, so the difference is the training's.
     gain = trainer.evaluate().scores[REWARD] - before
-    print(rewards, gain.mean(), gain.std() / 4, before.std())
     assert gain.mean() > 10 * gain.std() / len(gain) ** 0.5

@@ -213,7 +213,7 @@ def _write_legend(axes: Axes, x: float, y: float) -> None:
 # --- curves ---
 
 _HEALTH = {
-    "ratio": "new / old policy: least, mean, most",
+    "ratio": "ratio new / old policy: min, mean, max",
     "clip_fraction": "share of clipped edges",
     "gradient_norm": "gradient norm",
     "reward_std_within_group": "spread of rewards within a group",
@@ -280,10 +280,15 @@ def _draw_main(
     _style_axes(axes, "share of pictures that are right" if percent else "mean reward", size=11)
     x, y = _series(metrics, key)
     if len(x):
+        axes.plot(x, y, color=style.ACCENT, alpha=0.25, linewidth=1)
         axes.plot(
-            x, y, color=style.ACCENT, alpha=0.25, linewidth=1, marker="." if len(x) == 1 else ""
+            x,
+            _smooth(x, y),
+            color=style.ACCENT,
+            linewidth=2.2,
+            marker="o" if len(x) == 1 else "",
+            label="training prompts",
         )
-        axes.plot(x, _smooth(x, y), color=style.ACCENT, linewidth=2.2, label="training prompts")
     x, y = _series(evaluations, key)
     if len(x):
         axes.plot(
@@ -316,7 +321,7 @@ def _draw_main(
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
     axes.margins(x=0.05, y=0.24)
-    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _draw_health(axes: Axes, metrics: Sequence[Mapping[str, float]], panel: str) -> None:

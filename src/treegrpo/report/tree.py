@@ -30,7 +30,7 @@ Point = tuple[float, float]
 _MARGIN = 0.3
 _CROWN_RADIUS = 4.08
 _INNERMOST_RING = 1.2
-_TRUNK_LEVEL = 1.95
+_TRUNK_LEVEL = 2.0
 _REWARD_ROOM = 0.52
 _LARGEST_IMAGE = 0.66
 _FOOTER = 0.5
@@ -224,7 +224,7 @@ def _arrange(plan: RolloutPlan, images: Mapping[int, Tensor]) -> _Layout:
     reach = _CROWN_RADIUS + max(sizes[plan.steps]) / 2 + _REWARD_ROOM
     page_width = 2 * reach
     center = (page_width / 2, _MARGIN / 2 + reach)
-    below = max(0.55 - _CROWN_RADIUS * math.cos(span / 2), 0.5 - min(radii.values()))
+    below = max(0.55 - _CROWN_RADIUS * math.cos(span / 2), 0.65 - min(radii.values()))
     page_height = center[1] + below + _FOOTER + _MARGIN
     return _Layout(tuple(levels), radii, angles, sizes, span / 2, center, page_width, page_height)
 
@@ -323,15 +323,16 @@ def _write_levels(axes: Axes, plan: RolloutPlan, layout: _Layout, sigmas: Sequen
         radius = layout.radii[level]
         if radius > 0:
             x, y = layout.polar(radius, math.pi / 2 - layout.half_span - 0.06)
-            style.write(axes, (x, y + 0.2), text, size=8, color=style.MUTED, align="center")
+            style.write(axes, (x, y + 0.24), text, size=8, color=style.MUTED, align="center")
             continue
         x, y = layout.point(level, 0)
-        if level == layout.levels[0]:
-            x += layout.sizes[level][0] / 2 + 0.12
+        width, height = layout.sizes[level]
+        if radius == 0:
+            # Its sides may be taken by the crown.
+            point = (x + 0.12, y + height / 2 + 0.18)
         else:
-            # Its sides may be taken by the crown, so below it and beside the trunk.
-            x, y = x + 0.12, y + layout.sizes[level][1] / 2 + 0.2
-        style.write(axes, (x, y), text, size=8, color=style.MUTED)
+            point = (x + width / 2 + 0.12, y)
+        style.write(axes, point, text, size=8, color=style.MUTED)
 
 
 def _write_zones(axes: Axes, plan: RolloutPlan, layout: _Layout) -> None:
@@ -341,7 +342,7 @@ def _write_zones(axes: Axes, plan: RolloutPlan, layout: _Layout) -> None:
     angle = math.pi / 2 + layout.half_span
     rotation = math.degrees(angle) - 180
 
-    def along_edge(radius: float, lines: Sequence[str], align: Literal["left", "center"]) -> None:
+    def along_edge(radius: float, lines: Sequence[str], align: Literal["left", "right"]) -> None:
         x, y = layout.polar(radius, angle + math.radians(3))
         for index, line in enumerate(lines):
             down = 0.15 + 0.17 * index
@@ -355,7 +356,7 @@ def _write_zones(axes: Axes, plan: RolloutPlan, layout: _Layout) -> None:
     detail = f"every node branches into {children}" if children > 1 else "every step is random"
     along_edge(end - 0.05, ("stochastic window", detail), "left")
     if end < _CROWN_RADIUS:
-        along_edge((end + _CROWN_RADIUS) / 2, ("deterministic", "tails"), "center")
+        along_edge(end + 0.1, ("deterministic", "tails"), "right")
     lowest = min(layout.radii.values())
     if lowest < 0:
         point = (layout.center[0] - 0.14, layout.center[1] - lowest - 0.68)
