@@ -206,7 +206,7 @@ def test_control_c_ends_a_run_that_can_go_on(tiny_checkpoint: Path, tmp_path: Pa
         assert process.stdout is not None
         assert any(line.startswith("iteration 1/") for line in process.stdout)
         process.send_signal(signal.SIGINT)
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
     assert "stopping after this iteration" in output

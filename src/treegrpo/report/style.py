@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -82,7 +83,7 @@ def write(
     )
 
 
-def pixels(image: Tensor) -> NDArray[object]:
+def pixels(image: Tensor) -> NDArray[np.float32]:
     """float [3, H, W] in [0, 1] to [H, W, 3], reduced to `LARGEST_IMAGE`."""
     image = image.detach().float().cpu().clamp(0, 1)
     factor = LARGEST_IMAGE / max(image.shape[1:])
@@ -91,7 +92,7 @@ def pixels(image: Tensor) -> NDArray[object]:
         image = torch.nn.functional.interpolate(
             image[None], size=size, mode="bilinear", antialias=True
         )[0]
-    array: NDArray[object] = image.permute(1, 2, 0).numpy()
+    array: NDArray[np.float32] = image.permute(1, 2, 0).numpy()
     return array
 
 

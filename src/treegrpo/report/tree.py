@@ -327,12 +327,9 @@ def _write_levels(axes: Axes, plan: RolloutPlan, layout: _Layout, sigmas: Sequen
             continue
         x, y = layout.point(level, 0)
         width, height = layout.sizes[level]
-        if radius == 0:
-            # Its sides may be taken by the crown.
-            point = (x + 0.12, y + height / 2 + 0.18)
-        else:
-            point = (x + width / 2 + 0.12, y)
-        style.write(axes, point, text, size=8, color=style.MUTED)
+        # Below the topmost, whose sides may be taken by the crown.
+        dx, dy = (0.12, height / 2 + 0.18) if radius == 0 else (width / 2 + 0.12, 0.0)
+        style.write(axes, (x + dx, y + dy), text, size=8, color=style.MUTED)
 
 
 def _write_zones(axes: Axes, plan: RolloutPlan, layout: _Layout) -> None:
