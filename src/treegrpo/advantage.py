@@ -83,6 +83,10 @@ def leaf_advantages(
         normalized = normalize(reward.float(), std=std, ddof=ddof, eps=eps, population=population)
         combined = combined + weight * normalized
     if len(rewards) > 1 and std == "group":
+        # Rewards that cancel leave rounding, which the division would blow up into a signal.
+        spread = combined.amax(1, keepdim=True) - combined.amin(1, keepdim=True)
+        rounding = 1e-5 * sum(abs(weight) for weight in weights)
+        combined = torch.where(spread > rounding, combined, torch.zeros_like(combined))
         combined = normalize(combined, ddof=ddof, eps=eps)
     if advantage_clip is not None:
         combined = combined.clamp(-advantage_clip, advantage_clip)

@@ -245,11 +245,11 @@ class ObjectiveConfig(_Section):
 class TrainConfig(_Section):
     """The optimization and the run."""
 
-    iterations: AtLeastOne = 60
+    iterations: AtLeastOne = 200
     """Iterations, each of one rollout and its updates."""
-    learning_rate: Positive = 1e-3
+    learning_rate: Positive = 1e-4
     """Learning rate of AdamW after the warmup."""
-    warmup_iterations: AtLeastZero[int] = 3
+    warmup_iterations: AtLeastZero[int] = 5
     """Iterations over which the learning rate grows linearly."""
     weight_decay: AtLeastZero[float] = 0.0
     """Decoupled weight decay of AdamW."""
@@ -265,13 +265,13 @@ class TrainConfig(_Section):
     """Optimizer steps per pass, each on an equal share of the iteration's prompts."""
     micro_batch: AtLeastOne = 64
     """Nodes per forward pass of an update; changes memory and time, not the gradient."""
-    ema_decay: BelowOne | None = None
+    ema_decay: BelowOne | None = 0.9
     """Decay of the weights' moving average, which is then evaluated and exported; null: none."""
     seed: Seed = 0
     """Seed of prompts, windows, noises and adapters."""
     time_limit_minutes: Positive | None = None
     """Stop cleanly after the iteration that passes this time; null: no limit."""
-    save_every: AtLeastZero[int] = 0
+    save_every: AtLeastZero[int] = 50
     """Iterations between checkpoints; 0: only at the end."""
 
 
@@ -296,9 +296,9 @@ class PromptsConfig(_Section):
 class EvaluationConfig(_Section):
     """Measuring the model on held-out prompts."""
 
-    every: AtLeastZero[int] = 0
+    every: AtLeastZero[int] = 50
     """Iterations between evaluations; 0: only before and after training."""
-    images_per_prompt: AtLeastOne = 2
+    images_per_prompt: AtLeastOne = 4
     """Images per held-out prompt."""
     max_prompts: AtLeastOne | None = None
     """Use only the first so many held-out prompts; null: all."""
@@ -330,6 +330,23 @@ class Config(_Section):
         "runs/miniature"
     )
     """The folder that will hold everything about the run."""
+
+    @field_validator("advantage")
+    @classmethod
+    def _siblings_exist(cls, advantage: AdvantageConfig, info: ValidationInfo) -> AdvantageConfig:
+        rollout = info.data.get("rollout")
+        if (
+            rollout is not None
+            and rollout.method in ("flow_grpo", "ddpo", "mix_grpo")
+            and advantage.backup == "sibling"
+        ):
+            raise _problem(
+                advantage.backup,
+                f"must be logprob or uniform with rollout.method {rollout.method}, whose samples "
+                "have no siblings to be compared with",
+                field="backup",
+            )
+        return advantage
 
     @field_validator("train")
     @classmethod

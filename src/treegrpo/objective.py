@@ -133,11 +133,13 @@ def losses(
         Scalars whose sum is the objective, averaged over the chosen prompts' edges.
 
     Raises:
-        ValueError: `guard` without kept means, or `kl_weight` without a reference.
+        ValueError: `guard` without kept means, `kl_weight` without a reference, or no prompts.
     """
     if kl_weight > 0 and reference is None:
         raise ValueError(f"kl_weight: got {kl_weight} without a reference policy")
     chosen = range(*prompts.indices(rollout.leaves.shape[0]))
+    if not chosen or chosen.step != 1:
+        raise ValueError(f"prompts: got {prompts}; must be a range of at least one prompt")
     edges = rollout.plan.edges * len(chosen)
     statistics = statistics if statistics is not None else UpdateStatistics()
     for batch in _node_batches(rollout.levels, advantages, chosen, micro_batch):

@@ -194,6 +194,11 @@ class WindowSchedule:
         _window(self.steps, self.size, self.start)
         if not 0 < self.decay <= 1:
             raise PlanError(f"window decay: got {self.decay}; must be in (0, 1]")
+        if self.shift_by < 1 or self.shift_every < 1:
+            raise PlanError(
+                f"window: got shift_by {self.shift_by} and shift_every {self.shift_every}; both "
+                "must be at least 1"
+            )
 
     @property
     def starts(self) -> int:

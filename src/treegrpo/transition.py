@@ -49,6 +49,11 @@ class Schedule:
             later >= earlier for earlier, later in zip(self.sigma, self.sigma[1:], strict=False)
         ):
             raise PlanError(f"schedule: sigmas must fall strictly; got {self.sigma}")
+        if self.prediction == "velocity" and not self.is_flow:
+            raise PlanError(
+                "schedule: a velocity belongs to the rectified flow, alpha = 1 - sigma; for other "
+                "schedules the prediction is epsilon, v_prediction or sample"
+            )
 
     @property
     def steps(self) -> int:
@@ -128,15 +133,15 @@ def stochastic(
         std = scale * math.sqrt(-time_step)
         noise_weight = next_sigma + scale**2 / (2 * sigma) * time_step
     else:
+        if not 0 <= noise_level <= 1:
+            raise PlanError(
+                f"noise_level: got {noise_level}; {kind} needs it in 0..1, or a step would add "
+                "more noise than its next level holds"
+            )
         if kind == "cps":
             std = next_sigma * math.sin(noise_level * math.pi / 2)
         else:
             std = noise_level * next_sigma / sigma * math.sqrt(1 - (alpha / next_alpha) ** 2)
-        if std > next_sigma * (1 + 1e-12):
-            raise PlanError(
-                f"noise_level: got {noise_level}; {kind} needs it in 0..1, or step {step} would "
-                "add more noise than its next level holds"
-            )
         noise_weight = math.sqrt(max(next_sigma**2 - std**2, 0.0))
     if std <= 0:
         raise PlanError(
