@@ -123,9 +123,9 @@ class RolloutConfig(_Section):
     """Strength of the stochastic step's noise."""
     max_leaves: AtLeastOne = 512
     """Most samples per prompt that a configuration may ask for: a guard against a slip."""
-    max_batch: AtLeastOne = 256
+    max_batch: AtLeastOne = 512
     """Most samples in one forward pass of a rollout."""
-    prompts_per_iteration: AtLeastOne = 8
+    prompts_per_iteration: AtLeastOne = 16
     """Prompts, each with a group of samples, per iteration."""
 
     @field_validator("window_size")
@@ -245,9 +245,9 @@ class ObjectiveConfig(_Section):
 class TrainConfig(_Section):
     """The optimization and the run."""
 
-    iterations: AtLeastOne = 200
+    iterations: AtLeastOne = 120
     """Iterations, each of one rollout and its updates."""
-    learning_rate: Positive = 1e-4
+    learning_rate: Positive = 2e-4
     """Learning rate of AdamW after the warmup."""
     warmup_iterations: AtLeastZero[int] = 5
     """Iterations over which the learning rate grows linearly."""
@@ -263,7 +263,7 @@ class TrainConfig(_Section):
     """Passes over the samples of an iteration."""
     updates_per_iteration: AtLeastOne = 1
     """Optimizer steps per pass, each on an equal share of the iteration's prompts."""
-    micro_batch: AtLeastOne = 64
+    micro_batch: AtLeastOne = 128
     """Nodes per forward pass of an update; changes memory and time, not the gradient."""
     ema_decay: BelowOne | None = 0.9
     """Decay of the weights' moving average, which is then evaluated and exported; null: none."""
@@ -271,7 +271,7 @@ class TrainConfig(_Section):
     """Seed of prompts, windows, noises and adapters."""
     time_limit_minutes: Positive | None = None
     """Stop cleanly after the iteration that passes this time; null: no limit."""
-    save_every: AtLeastZero[int] = 50
+    save_every: AtLeastZero[int] = 30
     """Iterations between checkpoints; 0: only at the end."""
 
 
@@ -296,7 +296,7 @@ class PromptsConfig(_Section):
 class EvaluationConfig(_Section):
     """Measuring the model on held-out prompts."""
 
-    every: AtLeastZero[int] = 50
+    every: AtLeastZero[int] = 30
     """Iterations between evaluations; 0: only before and after training."""
     images_per_prompt: AtLeastOne = 4
     """Images per held-out prompt."""
