@@ -4,8 +4,8 @@
 
 The three methods run the same code on the same checkpoint, prompts, rewards and optimizer; only
 the plan differs. They take turns, iteration by iteration, so that a machine whose speed drifts
-slows all of them alike. TreeGRPO and MixGRPO use the paper's random window (r = 0.5, w = 3), the same starts
-for both. The last line is one JSON object.
+slows all of them alike. TreeGRPO and MixGRPO use the paper's random window (r = 0.5, w = 3), the
+same starts for both. The last line is one JSON object.
 """
 
 from __future__ import annotations
