@@ -68,7 +68,7 @@ def perturb(parameters: list[torch.nn.Parameter]) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in parameters:
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_forwards_are_the_plans(tiny_checkpoint: Path, guidance_scale: float) ->
         max_batch=7,
     )
     advantages = [torch.ones_like(level.log_prob) for level in forest.levels]
-    sum(losses(predict, forest, advantages, micro_batch=3)).backward()  # type: ignore[union-attr]
+    torch.autograd.backward(list(losses(predict, forest, advantages, micro_batch=3)))
     copies = len(PROMPTS) * (2 if guidance_scale > 1 else 1)
     assert rows == {False: copies * plan.rollout_forwards, True: copies * plan.update_forwards}
     assert policy.forwards == sum(rows.values())

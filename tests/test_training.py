@@ -20,6 +20,8 @@ from diffusers import StableDiffusion3Pipeline
 from treegrpo import checkpoint, cli
 from treegrpo.checkpoint import RunError
 from treegrpo.config import Config, load_config
+from treegrpo.models.folder import ModelError
+from treegrpo.models.policy import load_policy
 from treegrpo.rewards import RewardError
 from treegrpo.trainer import Trainer, build_plan, train
 
@@ -31,13 +33,16 @@ BASE = (
     "rollout.window_size=2",
     "rollout.group_size=4",
     "rollout.prompts_per_iteration=2",
+    "train.learning_rate=1e-3",
+    "train.learning_rate_schedule=constant",
     "train.warmup_iterations=0",
+    "train.ema_decay=null",
+    "train.save_every=0",
     "evaluation.max_prompts=2",
     "evaluation.images_per_prompt=1",
     "model.device=cpu",
 )
-TOY = (f'rewards=[{{"name": "{REWARD}"}}]', "evaluation.accuracy=null")
-# Both are told to be watched by default.
+TOY = (f"rewards=[{{name: '{REWARD}'}}]", "evaluation.accuracy=null")
 METRICS = {
     "iteration",
     "reward",
@@ -64,6 +69,9 @@ METRICS = {
     "seconds_reward",
     "seconds_update",
 }
+# `record | TIMES` leaves what a repetition must give exactly.
+TIMES = {name: 0.0 for name in METRICS if name.startswith("seconds")}
+TESTS = Path(__file__).parent  # where toy_rewards is
 
 
 def settings_of(tiny_checkpoint: Path, output: Path, *changes: str) -> list[str]:
@@ -98,21 +106,25 @@ def equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool
 
 @pytest.fixture(scope="module")
 def run(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of three iterations with the default rewards."""
+    """The folder of a run of three iterations with a trained and a watched reward."""
     folder = tmp_path_factory.mktemp("training") / "run"
     changes = [
         *BASE,
+        f"rewards=[{{name: '{REWARD}'}}, {{name: composition_accuracy, weight: 0}}]",
         f"model.path={tiny_checkpoint}",
         f"output={folder}",
         "train.iterations=3",
         "evaluation.every=2",
     ]
     result = subprocess.run(
-        [sys.executable, "-m", "treegrpo", "train", *changes], capture_output=True, text=True
+        [sys.executable, "-m", "treegrpo", "train", *changes],
+        capture_output=True,
+        text=True,
+        cwd=TESTS,
     )
     assert result.returncode == 0, result.stderr
     assert "Traceback" not in result.stderr
-    for word in ("before: composition", "iteration 3/3  reward", "accuracy", "trained model"):
+    for word in (f"before: {REWARD}", "iteration 3/3  reward", "accuracy", "trained model"):
         assert word in result.stdout
     return folder
 
@@ -169,7 +181,8 @@ def test_the_trained_model_is_sampled_and_evaluated(
     treegrpo("sample", model, "--prompt", "a red circle", "--count", "2", "--out", str(picture))
     assert picture.read_bytes().startswith(b"\x89PNG")
     arguments = ["--max-prompts", "2", "--images-per-prompt", "1", "--json", str(figures)]
-    treegrpo("evaluate", model, *arguments)
+    rewards = ["--reward", REWARD, "--reward", "composition_accuracy"]
+    treegrpo("evaluate", model, *rewards, *arguments)
     # The same prompts and noises as the run's own last evaluation.
     last = checkpoint.read_lines(run / "evaluations.jsonl")[-1]
     for name, figure in json.loads(figures.read_text())["rewards"].items():
@@ -187,6 +200,9 @@ def test_other_settings_do_not_resume_a_run(run: Path) -> None:
     with pytest.raises(RunError, match="already holds a run"):
         train(load_config(run / "config.yaml", []))
     assert checkpoint.read_lines(run / "metrics.jsonl") == before
+    linear = ["train.iterations=9", "train.learning_rate_schedule=linear"]
+    with pytest.raises(RunError, match=r"train\.iterations: was 3, now 9"):
+        train(load_config(run / "config.yaml", linear), resume=True)
     # What changes neither the result nor its meaning may differ.
     free = ["train.iterations=9", "train.micro_batch=1", "rollout.max_batch=3"]
     checkpoint.check_folder(load_config(run / "config.yaml", free), resume=True, overwrite=False)
@@ -201,7 +217,7 @@ def test_control_c_ends_a_run_that_can_go_on(tiny_checkpoint: Path, tmp_path: Pa
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parent,  # where toy_rewards is
+        cwd=TESTS,
     ) as process:
         assert process.stdout is not None
         assert any(line.startswith("iteration 1/") for line in process.stdout)
@@ -295,15 +311,13 @@ def test_divergence_is_from_the_initial_model(configure: Callable[..., Config], 
     trainer, metrics = iterate(config, 2)
     assert metrics[0]["kl"] == 0
     assert metrics[1]["kl"] > 1e-6
+    config.output.mkdir()
     trainer.save()
     # A resumed run measures from the initial model too, not from where it goes on.
     resumed = Trainer(config)
     resumed.load()
     assert resumed.iterate() | TIMES == trainer.iterate() | TIMES
     assert equal(weights_of(trainer), weights_of(resumed))
-
-
-TIMES = {name: 0.0 for name in METRICS if name.startswith("seconds")}
 
 
 # --- resuming ---
@@ -345,10 +359,13 @@ def test_a_resumed_run_is_the_unbroken_one(
 
 
 def test_a_run_whose_reward_fails_goes_on_as_if_it_had_not(
-    configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = configure("train.iterations=3")
-    unbroken, expected = iterate(configure(f"output={tmp_path / 'unbroken'}"), 3)
+    # Under the linear schedule, a run of another length would have learned at other rates.
+    config = configure("train.iterations=3", "train.learning_rate_schedule=linear")
+    unbroken, expected = iterate(config, 3)
+    rates = [record["learning_rate"] for record in expected]
+    assert rates == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
     calls: list[int] = []
 
     brightness = toy_rewards.brightness
@@ -402,6 +419,36 @@ def test_an_interrupted_update_is_repeated(
 
 def _out_of_memory(loss: torch.Tensor) -> None:
     raise RuntimeError("out of memory")
+
+
+def test_a_model_that_does_not_reproduce_itself_is_not_updated(
+    configure: Callable[..., Config],
+) -> None:
+    trainer = Trainer(configure())
+    before = weights_of(trainer)
+    trainer.policy.transformer.register_forward_hook(
+        lambda module, inputs, outputs: (torch.nn.functional.dropout(outputs[0], 0.1),)
+    )
+    with pytest.raises(RuntimeError, match=r"the first update's ratio is off 1 by .*dropout"):
+        trainer.iterate()
+    assert equal(weights_of(trainer), before)
+
+
+def test_exported_lora_weights_know_their_base_model(
+    configure: Callable[..., Config],
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tiny_checkpoint.parent)
+    changes = (f"model.path=./{tiny_checkpoint.name}", "model.lora_rank=2")
+    trainer, _ = iterate(configure(*changes), 1)
+    trainer.export(tmp_path / "lora")
+    monkeypatch.chdir(tmp_path)
+    assert load_policy("lora", device=torch.device("cpu")).sampling.steps == STEPS
+    # Training them as if they were a whole model would export neither.
+    with pytest.raises(ModelError, match=r"model\.path: lora holds LoRA weights"):
+        Trainer(configure("model.path=lora"))
 
 
 # --- disks ---

@@ -21,7 +21,6 @@ EVALUATIONS_FILE = "evaluations.jsonl"
 # What may differ between a run and its continuation.
 _FREE = {
     ("output",),
-    ("train", "iterations"),
     ("train", "time_limit_minutes"),
     ("train", "save_every"),
     ("evaluation", "every"),
@@ -80,10 +79,13 @@ def prepare_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
 def _check_same_settings(folder: Path, config: Config) -> None:
     before = _flatten(yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8")))
     now = _flatten(yaml.safe_load(to_yaml(config)))
+    free = set(_FREE)
+    if config.train.learning_rate_schedule == "constant":
+        free.add(("train", "iterations"))  # otherwise they decide every step's learning rate
     changed = [
         f"{'.'.join(key)}: was {before.get(key)!r}, now {now.get(key)!r}"
         for key in sorted({*before, *now}, key=str)
-        if before.get(key) != now.get(key) and key not in _FREE
+        if before.get(key) != now.get(key) and key not in free
     ]
     if changed:
         raise RunError(

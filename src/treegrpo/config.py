@@ -245,12 +245,14 @@ class ObjectiveConfig(_Section):
 class TrainConfig(_Section):
     """The optimization and the run."""
 
-    iterations: AtLeastOne = 120
+    iterations: AtLeastOne = 80
     """Iterations, each of one rollout and its updates."""
     learning_rate: Positive = 2e-4
     """Learning rate of AdamW after the warmup."""
     warmup_iterations: AtLeastZero[int] = 5
     """Iterations over which the learning rate grows linearly."""
+    learning_rate_schedule: Literal["constant", "linear"] = "linear"
+    """After the warmup: constant, or falling linearly to zero at the last iteration."""
     weight_decay: AtLeastZero[float] = 0.0
     """Decoupled weight decay of AdamW."""
     adam_beta1: BelowOne = 0.9
@@ -271,7 +273,7 @@ class TrainConfig(_Section):
     """Seed of prompts, windows, noises and adapters."""
     time_limit_minutes: Positive | None = None
     """Stop cleanly after the iteration that passes this time; null: no limit."""
-    save_every: AtLeastZero[int] = 30
+    save_every: AtLeastZero[int] = 20
     """Iterations between checkpoints; 0: only at the end."""
 
 
@@ -296,7 +298,7 @@ class PromptsConfig(_Section):
 class EvaluationConfig(_Section):
     """Measuring the model on held-out prompts."""
 
-    every: AtLeastZero[int] = 30
+    every: AtLeastZero[int] = 20
     """Iterations between evaluations; 0: only before and after training."""
     images_per_prompt: AtLeastOne = 4
     """Images per held-out prompt."""

@@ -65,6 +65,8 @@ class Display:
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         table = Table(title=title, show_header=False)
+        table.add_column()
+        table.add_column(overflow="fold")  # a path cut short would be of no use
         for name, value in rows:
             table.add_row(name, value)
         self._console.print(table)

@@ -410,8 +410,10 @@ class Trainer:
     # --- what surrounds them ---
 
     def _set_learning_rate(self) -> None:
-        warmup = self.config.train.warmup_iterations
-        factor = min(1.0, (self.iteration + 1) / (warmup + 1))
+        settings = self.config.train
+        factor = min(1.0, (self.iteration + 1) / (settings.warmup_iterations + 1))
+        if settings.learning_rate_schedule == "linear":
+            factor = min(factor, 1 - self.iteration / settings.iterations)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.train.learning_rate * factor
 
