@@ -4,8 +4,9 @@
 
 The three methods run the same code on the same checkpoint, prompts, rewards and optimizer; only
 the plan differs. They take turns, iteration by iteration, so that a machine whose speed drifts
-slows all of them alike. TreeGRPO and MixGRPO use the paper's random window (r = 0.5, w = 3), the
-same starts for both. The last line is one JSON object.
+slows all of them alike. TreeGRPO and MixGRPO use the paper's window (r = 0.5, w = 3): over the
+rounds its start takes each value as often as its distribution says, since an early window costs
+TreeGRPO more. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -14,22 +15,34 @@ import argparse
 import json
 import statistics
 import tempfile
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 from treegrpo.config import load_config
+from treegrpo.plan import WindowSchedule
 from treegrpo.trainer import Trainer
 
 METHODS = ("tree_grpo", "flow_grpo", "mix_grpo")
+
+
+def window_starts(window: WindowSchedule, rounds: int) -> list[int]:
+    """The window's distribution at evenly spaced quantiles, so that a few rounds represent it."""
+    cumulative = list(accumulate(window.probabilities))
+    return [
+        next(start for start, total in enumerate(cumulative) if total >= (index + 0.5) / rounds)
+        for index in range(rounds)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="under a minute")
     parser.add_argument("--model", default="miniature")
-    parser.add_argument("--rounds", type=int, default=16)
-    parser.add_argument("--prompts", type=int, default=4, help="prompts per iteration")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=16, help="prompts per iteration")
     options = parser.parse_args()
-    rounds, prompts = (4, 2) if options.quick else (options.rounds, options.prompts)
+    rounds, prompts = (4, 4) if options.quick else (options.rounds, options.prompts)
 
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
@@ -52,6 +65,7 @@ def main() -> None:
                         "train.updates_per_iteration=1",
                         "train.inner_epochs=1",
                         "train.micro_batch=256",
+                        "rollout.max_batch=512",
                         "train.learning_rate=1e-6",
                     ],
                 )
@@ -62,8 +76,9 @@ def main() -> None:
         forwards = {method: [0, 0] for method in METHODS}
         for trainer in trainers.values():
             trainer.iterate()  # warm-up: caches of embeddings and allocators
-        for _ in range(rounds):
+        for start in window_starts(trainers["tree_grpo"].window, rounds):
             for method, trainer in trainers.items():
+                trainer.window = replace(trainer.window, kind="fixed", start=start)
                 metrics = trainer.iterate()
                 seconds[method].append(metrics["seconds"])
                 forwards[method][0] += int(metrics["rollout_forwards"])

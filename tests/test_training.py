@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import toy_rewards
-from diffusers import StableDiffusion3Pipeline
+from diffusers import SD3Transformer2DModel
 
 from treegrpo import checkpoint, cli
 from treegrpo.checkpoint import RunError
@@ -157,15 +157,15 @@ def test_a_run_leaves_everything_about_it(run: Path) -> None:
         assert summary[kind] == sum(record[kind] for record in records)
 
 
-def test_the_trained_model_is_the_checkpoints(run: Path, tiny_checkpoint: Path) -> None:
-    def transformer(folder: Path) -> Any:
-        return StableDiffusion3Pipeline.from_pretrained(
-            folder, text_encoder_3=None, tokenizer_3=None
-        ).transformer
+def exported_weights(model: Path) -> list[torch.Tensor]:
+    """As diffusers alone loads them."""
+    return list(SD3Transformer2DModel.from_pretrained(model / "transformer").parameters())
 
-    exported = list(transformer(run / "model").parameters())
+
+def test_the_trained_model_is_the_checkpoints(run: Path, tiny_checkpoint: Path) -> None:
+    exported = exported_weights(run / "model")
     assert equal(exported, checkpoint.load_state(run)["parameters"])
-    assert not equal(exported, list(transformer(tiny_checkpoint).parameters()))
+    assert not equal(exported, exported_weights(tiny_checkpoint))
 
 
 def test_the_trained_model_is_sampled_and_evaluated(
@@ -320,6 +320,13 @@ def test_divergence_is_from_the_initial_model(configure: Callable[..., Config], 
     assert equal(weights_of(trainer), weights_of(resumed))
 
 
+def test_every_iteration_draws_new_noises(configure: Callable[..., Config], tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("a red circle\n")
+    changes = (f"prompts.train={tmp_path / 'prompt.txt'}", "train.learning_rate=1e-30")
+    _, (first, second) = iterate(configure(*changes, "rollout.window_schedule=fixed"), 2)
+    assert first["reward"] != second["reward"]
+
+
 # --- resuming ---
 
 
@@ -336,7 +343,8 @@ def test_a_resumed_run_is_the_unbroken_one(
     configure: Callable[..., Config], tmp_path: Path, changes: tuple[str, ...]
 ) -> None:
     outputs = [f"output={tmp_path / name}" for name in ("unbroken", "broken")]
-    unbroken = train(configure(*changes, outputs[0], "train.iterations=4"))
+    # Looking at the model on the way must not change it.
+    unbroken = train(configure(*changes, outputs[0], "train.iterations=4", "evaluation.every=1"))
     train(configure(*changes, outputs[1], "train.iterations=2"))
     # As if the run had been killed after it had logged one more iteration.
     checkpoint.append_line(tmp_path / "broken" / "metrics.jsonl", {"iteration": 2})
@@ -350,6 +358,7 @@ def test_a_resumed_run_is_the_unbroken_one(
         averages = [state["average"]["shadow_params"] for state in states]
         assert equal(*averages)
         assert not equal(averages[0], states[0]["parameters"])
+        assert equal(exported_weights(tmp_path / "broken" / "model"), averages[0])
     logs = [
         [record | TIMES for record in checkpoint.read_lines(tmp_path / name / "metrics.jsonl")]
         for name in ("unbroken", "broken")
