@@ -123,7 +123,7 @@ def test_a_problem_names_the_key_the_value_and_what_is_allowed(override: str, me
         ),
         (
             ["train.updates_per_iteration=3"],
-            "train.updates_per_iteration: got 3; must divide rollout.prompts_per_iteration (8)",
+            "train.updates_per_iteration: got 3; must divide rollout.prompts_per_iteration (16)",
         ),
         (["rewards=[{name: a}, {name: a}]"], 'rewards: got ["a", "a"]; must name each reward once'),
         (
