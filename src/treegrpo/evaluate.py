@@ -155,6 +155,7 @@ def sample_grid(
         max_batch=64,
     )
     image_grid(out, prompts, images.cpu())
+    print(f"wrote {out}")
 
 
 def evaluate_command(
