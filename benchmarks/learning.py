@@ -32,7 +32,8 @@ def main() -> None:
     overrides = [argument for argument in options.arguments if "=" in argument]
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     if options.quick:
-        seeds, overrides = seeds[:1], [*overrides, "train.time_limit_minutes=0.5"]
+        short = ("train.time_limit_minutes=0.4", "evaluation.every=0")
+        seeds, overrides = seeds[:1], [*overrides, *short, "evaluation.images_per_prompt=1"]
 
     results = []
     with tempfile.TemporaryDirectory() as temporary:
