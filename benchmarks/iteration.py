@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=16, help="prompts per iteration")
     options = parser.parse_args()
-    rounds, prompts = (4, 4) if options.quick else (options.rounds, options.prompts)
+    rounds, prompts = (3, 10) if options.quick else (options.rounds, options.prompts)
 
     with tempfile.TemporaryDirectory() as folder:
         trainers = {
