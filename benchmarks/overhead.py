@@ -47,7 +47,7 @@ def main() -> None:
             )
         )
         trainer.iterate()  # warm-up
-        transformer = trainer.policy.transformer
+        transformer = trainer.policy.network
         transformer.forward = ranged("model forward", transformer.forward)
         trainer.accelerator.backward = ranged("model backward", trainer.accelerator.backward)
         trainer.policy.decode = ranged("decode", trainer.policy.decode)  # type: ignore[method-assign]

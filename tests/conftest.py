@@ -8,6 +8,12 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests leave nothing in the user's cache folder."""
+    os.environ["TREEGRPO_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Stable Diffusion 3 checkpoint of random weights: the miniature's, with 2 narrow layers."""

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from treegrpo import __version__, cli
+from treegrpo.checkpoint import check_folder
 from treegrpo.config import Config, load_config, to_yaml
 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "scipy", "matplotlib"}
@@ -108,13 +109,15 @@ def test_what_cannot_run_is_refused(
 
 
 def test_a_folder_with_a_run_is_neither_mixed_nor_lost(treegrpo: CommandLine) -> None:
-    for file in (Path("run/config.yaml"), Path("other/thesis.tex")):
-        file.parent.mkdir()
-        file.touch()
+    for name in ("run/config.yaml", "run/metrics.jsonl", "failed/config.yaml", "other/thesis.tex"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).touch()
     assert "already holds a run" in treegrpo.refusal("train", "output=run")
     assert "holds no run, so" in treegrpo.refusal("train", "output=other")
     # Overwriting is for runs; a mistyped output must not delete anything else.
     assert "holds no run, so" in treegrpo.refusal("train", "output=other", "--overwrite")
+    # A run that ended before its first result is not in the way.
+    check_folder(load_config(None, ["output=failed"]), resume=False, overwrite=False)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,11 @@ def test_yaml_round_trips(tmp_path: Path) -> None:
         ("rollout.branchng=3", 'rollout.branchng: unknown key; did you mean "branching"?'),
         ("branching=3", 'branching: unknown key; did you mean "rollout.branching"?'),
         ("rewards.0.wieght=1", 'rewards.0.wieght: unknown key; did you mean "weight"?'),
-        ("prompts.xyz=1", "prompts.xyz: unknown key; must be one of train, held_out"),
+        (
+            "prompts.xyz=1",
+            "prompts.xyz: unknown key; must be one of train, held_out, "
+            "held_out_share, column, held_out_column",
+        ),
         ("rewards.2.weight=1", "rewards.2: no such element; must be 0 to 1"),
         ("rewards=[{weight: 1}]", "rewards.0.name: missing; must be given"),
         ("rollout.steps.x=3", 'rollout.steps: has no key "x"; its value is 10'),
@@ -125,11 +129,14 @@ def test_a_problem_names_the_key_the_value_and_what_is_allowed(override: str, me
             ["train.updates_per_iteration=3"],
             "train.updates_per_iteration: got 3; must divide rollout.prompts_per_iteration (16)",
         ),
-        (["rewards=[{name: a}, {name: a}]"], 'rewards: got ["a", "a"]; must name each reward once'),
+        (
+            ["rewards=[{name: a}, {name: a}]"],
+            'rewards: got ["a", "a"]; must name each reward once; '
+            "give a label where one is used twice",
+        ),
         (
             ["rewards=[{name: a, weight: 0}]"],
-            'rewards: got [{"name": "a", "weight": 0.0}]; '
-            "must have at least one reward with a weight above 0",
+            'rewards: got {"a": 0.0}; must have at least one reward with a weight above 0',
         ),
     ],
 )

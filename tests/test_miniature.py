@@ -19,7 +19,7 @@ from treegrpo.rewards import load_reward
 
 def test_train_and_held_out_prompts_share_no_attribute_combination() -> None:
     train, held_out = (
-        {scenes.parse(prompt).combination for prompt in load_prompts("miniature", split)}
+        {scenes.parse(prompt.text).combination for prompt in load_prompts("miniature", split)}
         for split in ("train", "held_out")
     )
     assert len(train) > 250

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from treegrpo.advantage import backup, leaf_advantages
-from treegrpo.objective import UpdateStatistics, clipped_surrogate, gaussian_kl, losses
+from treegrpo.objective import UpdateStatistics, clipped_surrogate, gaussian_kl, losses, node_means
 from treegrpo.plan import RolloutPlan, flow_grpo, tree_grpo
-from treegrpo.rollout import Rollout, rollout
+from treegrpo.rollout import Rollout, join, rollout
 from treegrpo.transition import Reduction, clean_and_noise, flow_schedule, transitions
 
 DIMENSIONS, PROMPTS, STEPS = 3, 3, 5
@@ -143,7 +143,7 @@ def test_micro_batches_do_not_change_the_summed_gradient(micro_batch: int) -> No
                 clip_high=0.003,
                 micro_batch=size,
                 kl_weight=0.1,
-                reference=behavior,
+                reference=node_means(behavior, forest, torch.device("cpu"), size),
                 guard=True,
                 statistics=statistics,
             ):
@@ -172,6 +172,32 @@ def test_model_batches_do_not_change_the_rollout(max_batch: int) -> None:
         torch.testing.assert_close(one.log_prob, other.log_prob, rtol=1e-12, atol=1e-12)
 
 
+def test_a_prompts_samples_do_not_depend_on_its_batch() -> None:
+    """With a generator each, prompts can be sampled apart and joined."""
+    policy = Policy()
+    noise = torch.randn(PROMPTS, TREE.roots, DIMENSIONS, dtype=policy.weight.dtype)
+
+    def sample(prompts: list[int]) -> Rollout:
+        def predict(x: Tensor, step: int, index: Tensor) -> Tensor:
+            return policy(x, step, torch.tensor(prompts)[index])
+
+        steps = transitions(SCHEDULE, TREE.stochastic)
+        generators = [torch.Generator().manual_seed(prompt) for prompt in prompts]
+        return rollout(
+            predict, noise[prompts], TREE, SCHEDULE, steps, generator=generators, keep_means=True
+        )
+
+    whole = sample(list(range(PROMPTS)))
+    joined = join([sample([0]), sample(list(range(1, PROMPTS)))])
+    assert joined.forwards == whole.forwards
+    torch.testing.assert_close(joined.leaves, whole.leaves, rtol=1e-12, atol=1e-12)
+    for one, other in zip(joined.levels, whole.levels, strict=True):
+        for name in ("nodes", "children", "log_prob", "mean"):
+            torch.testing.assert_close(
+                getattr(one, name), getattr(other, name), rtol=1e-12, atol=1e-12
+            )
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_kl_is_torchs(reduction: Reduction) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -193,7 +219,7 @@ def test_kl_to_the_reference_is_averaged_over_edges_and_weighted() -> None:
             forest,
             advantages,
             kl_weight=0.5,
-            reference=reference,
+            reference=node_means(reference, forest, torch.device("cpu"), 4),
             statistics=statistics,
         )
     )

@@ -10,13 +10,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusion3Pipeline
+from safetensors.torch import load_file, save_file
 
+from treegrpo.config import load_config
 from treegrpo.evaluate import sample
 from treegrpo.models.folder import ModelError
 from treegrpo.models.policy import Policy, load_policy
 from treegrpo.objective import losses
 from treegrpo.plan import tree_grpo
 from treegrpo.rollout import rollout
+from treegrpo.trainer import Trainer
 from treegrpo.transition import transitions
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -71,38 +74,60 @@ def perturb(parameters: list[torch.nn.Parameter]) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"guidance_scale": 1.0},
-        {"guidance_scale": 4.0},
-        {"guidance_scale": 4.0, "max_sequence_length": 7},
-        {"height": 32, "width": 48},
-    ],
-    ids=["unguided", "guided", "longer prompts", "wide"],
-)
-@pytest.mark.parametrize("dynamic_shifting", [False, True])
-def test_deterministic_rollouts_are_the_pipelines_samples(
-    tiny_checkpoint: Path, settings: dict[str, Any], dynamic_shifting: bool
-) -> None:
+def test_a_schedule_that_depends_on_the_size_is_the_pipelines(tiny_checkpoint: Path) -> None:
+    settings = {"height": 32, "width": 48}
     policy, pipeline = load(tiny_checkpoint, **settings), diffusers_pipeline(tiny_checkpoint)
-    for one in (pipeline, policy.pipeline):  # type: ignore[attr-defined]
-        one.scheduler.register_to_config(use_dynamic_shifting=dynamic_shifting)
+    for scheduler in (pipeline.scheduler, policy.scheduler):
+        scheduler.register_to_config(use_dynamic_shifting=True)
     expected = pipeline_images(pipeline, noise_of(policy), **settings)
     assert expected.std() > 0.01
     assert (policy_images(policy) - expected).abs().max() < ROUND_OFF
 
 
-def test_embeddings_are_the_pipelines_in_any_order_and_number(tiny_checkpoint: Path) -> None:
-    policy, pipeline = load(tiny_checkpoint), diffusers_pipeline(tiny_checkpoint)
+def test_text_encoders_are_loaded_once_for_all_runs(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = [f"a circle {number}" for number in range(40)]
-    policy.encode(prompts[5:8])
-    conditioning = policy.encode([*prompts, prompts[0]])
-    embeddings, _, pooled, _ = pipeline.encode_prompt(
-        [*prompts, prompts[0]], None, None, max_sequence_length=1, do_classifier_free_guidance=False
+    policy = load(tiny_checkpoint, cache=tmp_path)
+    policy.prepare(prompts)
+    assert policy._encoders is None
+    expected, _, pooled, _ = diffusers_pipeline(tiny_checkpoint).encode_prompt(
+        prompts, None, None, max_sequence_length=1, do_classifier_free_guidance=False
     )
-    torch.testing.assert_close(conditioning.embeddings, embeddings)
-    torch.testing.assert_close(conditioning.pooled, pooled)
+    again = load(tiny_checkpoint, cache=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Policy, "_load_encoders", None)  # calling it would fail
+        for one in (policy, again):
+            conditioning = one.encode([*prompts[5:], *prompts[:5]])
+            torch.testing.assert_close(conditioning["embeddings"].roll(5, 0), expected)
+            torch.testing.assert_close(conditioning["pooled"].roll(5, 0), pooled)
+    # Another prompt brings the encoders back; another prompt length is another embedding.
+    assert again.encode(["new"])["pooled"].shape == (1, 64)
+    longer = load(tiny_checkpoint, cache=tmp_path, max_sequence_length=3)
+    assert longer.encode(prompts[:1])["embeddings"].shape[1] == expected.shape[1] + 2
+
+
+def test_embeddings_of_other_encoders_are_never_taken(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_checkpoint, other)
+    weights = other / "text_encoder" / "model.safetensors"
+    tensors = load_file(weights)
+    save_file({name: tensor * 1.1 for name, tensor in tensors.items()}, weights)
+    first, second = (load(path, cache=tmp_path / "cache") for path in (tiny_checkpoint, other))
+    assert not first.encode(PROMPTS)["pooled"].equal(second.encode(PROMPTS)["pooled"])
+
+
+def test_embeddings_that_would_fill_the_disk_are_refused(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = load(tiny_checkpoint, cache=tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = r"model\.embedding_cache: .* has 0\.0 GiB free, but .* of 5,000 prompts need"
+    with pytest.raises(ModelError, match=message):
+        policy.prepare([str(number) for number in range(5000)])
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
@@ -113,7 +138,7 @@ def test_forwards_are_the_plans(tiny_checkpoint: Path, guidance_scale: float) ->
     def count(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
         rows[torch.is_grad_enabled()] += len(keywords["hidden_states"])
 
-    policy.transformer.register_forward_pre_hook(count, with_kwargs=True)
+    policy.network.register_forward_pre_hook(count, with_kwargs=True)
     plan = tree_grpo(STEPS, branching=2, window_size=2, window_start=1, trees=2)
     schedule = policy.schedule(STEPS)
     predict = policy.predictor(policy.encode(PROMPTS), STEPS)
@@ -137,7 +162,7 @@ def test_forwards_are_the_plans(tiny_checkpoint: Path, guidance_scale: float) ->
 def test_a_trained_model_is_a_diffusers_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
     policy = load(tiny_checkpoint, guidance_scale=2.0)
     untrained = policy_images(policy)
-    perturb(list(policy.transformer.parameters()))
+    perturb(list(policy.network.parameters()))
     trained = policy_images(policy)
     assert (trained - untrained).abs().max() > 0.01
     policy.save(tmp_path, base_model=str(tiny_checkpoint))
@@ -157,10 +182,10 @@ def test_trained_lora_weights_load_with_diffusers(
 ) -> None:
     policy = load(tiny_checkpoint)
     untrained = policy_images(policy)
-    base = {name: p.clone() for name, p in policy.transformer.named_parameters()}
+    base = {name: p.clone() for name, p in policy.network.named_parameters()}
     policy.add_lora(rank, alpha, None)
     assert torch.equal(policy_images(policy), untrained)
-    adapters = [p for p in policy.transformer.parameters() if p.requires_grad]
+    adapters = [p for p in policy.network.parameters() if p.requires_grad]
     assert sum(p.numel() for p in adapters) == 2 * 8 * rank * (32 + 32) - rank * (32 + 32)
     perturb(adapters)
     trained = policy_images(policy)
@@ -187,7 +212,7 @@ def _break_index(folder: Path) -> None:
 
 def _other_pipeline(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "FluxPipeline"}))
+    (folder / "model_index.json").write_text(json.dumps(index | {"_class_name": "LattePipeline"}))
 
 
 def _damage_index(folder: Path) -> None:
@@ -198,9 +223,22 @@ def _lose_weights(folder: Path) -> None:
     (folder / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
 
 
+def _lose_config(folder: Path) -> None:
+    (folder / "text_encoder" / "config.json").unlink()
+
+
+def _lose_shard(folder: Path) -> None:
+    whole = folder / "text_encoder" / "model.safetensors"
+    whole.rename(whole.with_name("model-00001-of-00002.safetensors"))
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (folder / "text_encoder" / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": shards})
+    )
+
+
 def _truncate_weights(folder: Path) -> None:
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
+    weights.write_bytes(weights.read_bytes()[:-1000])
 
 
 def _damage_sampling(folder: Path) -> None:
@@ -211,10 +249,12 @@ def _damage_sampling(folder: Path) -> None:
     ("fault", "words"),
     [
         (_break_index, ["has no model_index.json", "diffusers folder format"]),
-        (_other_pipeline, ["FluxPipeline", "supported are StableDiffusion3Pipeline"]),
+        (_other_pipeline, ["LattePipeline", "supported are FluxPipeline, QwenImagePipeline"]),
         (_damage_index, ["model_index.json cannot be read"]),
-        (_lose_weights, ["cannot load", "broken/transformer"]),
-        (_truncate_weights, ["cannot load", "diffusion_pytorch_model.safetensors"]),
+        (_lose_weights, ["transformer holds no weights", "incomplete"]),
+        (_lose_config, ["text_encoder/config.json is missing", "incomplete"]),
+        (_lose_shard, ["model-00002-of-00002.safetensors is missing", "index.json names"]),
+        (_truncate_weights, ["model.safetensors is damaged: it has"]),
         (_damage_sampling, ["sampling.json", "step"]),
     ],
 )
@@ -228,3 +268,22 @@ def test_a_checkpoint_that_cannot_be_used_is_named(
         load(folder)
     for word in (str(folder), *words):
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.lora_targets=[to_w]", "model.lora_targets: got 'to_w', which no linear or"),
+        ("model.attention_backend=quick", "model.attention_backend: got 'quick'; must be one of "),
+        ("model.width=20", "model.width: got 20; must be a multiple of 8"),
+        ("model.frames=5", "model.frames: got 5; StableDiffusion3Pipeline makes images"),
+    ],
+)
+def test_what_a_model_does_not_allow_is_refused_before_its_weights(
+    tiny_checkpoint: Path, change: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Policy, "load", None)  # calling it would fail
+    settings = [f"model.path={tiny_checkpoint}", "model.device=cpu", "model.lora_rank=2", change]
+    with pytest.raises(ModelError) as caught:
+        Trainer(load_config(None, settings))
+    assert str(caught.value).startswith(message)

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -6,40 +7,69 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from treegrpo.prompts import PromptError, PromptSampler, load_prompts
+from treegrpo.prompts import (
+    Prompt,
+    PromptError,
+    PromptSampler,
+    load_prompts,
+    load_train_and_held_out,
+    overlap,
+    split_prompts,
+)
+
+
+def numbered(count: int) -> list[Prompt]:
+    return [Prompt(str(index)) for index in range(count)]
+
+
+# --- which are held out ---
 
 
 def test_the_embedded_splits_are_there_and_disjoint() -> None:
-    train = load_prompts("miniature", "train")
-    held_out = load_prompts("miniature", "held_out")
+    train, held_out = load_train_and_held_out("miniature", None, held_out_share=0.5)
+    assert train == load_prompts("miniature", "train")
+    assert held_out == load_prompts("miniature", "held_out")
     assert train
     assert held_out
-    assert not set(train) & set(held_out)
+    assert not overlap(train, held_out)
 
 
-def test_a_file_gives_stripped_distinct_lines_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "prompts.txt"
-    # A byte order mark, both line endings, a blank line, a duplicate, a line separator in a prompt.
-    path.write_bytes("\ufeffb \r\n\n  a\nb\nc\u2028d".encode())
-    assert load_prompts(str(path), "train") == ["b", "a", "c\u2028d"]
+def test_a_text_is_held_out_by_its_hash_alone() -> None:
+    prompts = numbered(2000)
+    train, held_out = split_prompts(prompts, 0.1)
+    # The definition, by another route: the hexadecimal digest as a fraction of its largest value.
+    fraction = {p: int(hashlib.sha256(p.text.encode()).hexdigest(), 16) / 2**256 for p in prompts}
+    assert held_out == [p for p in prompts if fraction[p] < 0.1]
+    assert train == [p for p in prompts if fraction[p] >= 0.1]
+    # 200 expected; the binomial standard deviation is 13.4.
+    assert abs(len(held_out) - 200) < 4 * 13.4
+
+    # In another list, with other metadata, the sides stay; a larger share only adds.
+    part = [Prompt(p.text, {"tag": 1}) for p in reversed(prompts[::3])]
+    assert not {p.text for p in split_prompts(part, 0.1)[0]} & {p.text for p in held_out}
+    assert set(held_out) < set(split_prompts(prompts, 0.2)[1])
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"fine\nna\xefve\n", "is not UTF-8: byte 0xef at offset 7, line 2"),
-        (b"\n  \n", "holds no prompt"),
-        (None, "does not exist"),
-    ],
-)
-def test_an_unusable_file_is_named(tmp_path: Path, content: bytes | None, message: str) -> None:
-    path = tmp_path / "prompts.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(PromptError) as caught:
-        load_prompts(str(path), "train")
-    assert str(path) in str(caught.value)
-    assert message in str(caught.value)
+def test_a_share_that_empties_a_side_is_refused() -> None:
+    with pytest.raises(PromptError, match=r"held_out_share: got 0\.1; of 1 prompts 1 train and 0"):
+        split_prompts([Prompt("0")], 0.1)
+
+
+def test_a_run_without_held_out_prompts_takes_a_share_of_its_own(tmp_path: Path) -> None:
+    own, other = tmp_path / "own.txt", tmp_path / "other.csv"
+    own.write_text("".join(f"{index}\n" for index in range(50)))
+    other.write_text("Caption\n7\nseven\n")
+    assert load_train_and_held_out(str(own), None, held_out_share=0.3) == split_prompts(
+        numbered(50), 0.3
+    )
+    train, held_out = load_train_and_held_out(
+        str(own), str(other), held_out_share=0.3, held_out_column="caption"
+    )
+    assert (train, held_out) == (numbered(50), [Prompt("7"), Prompt("seven")])
+    assert overlap(train, held_out) == ["7"]
+
+
+# --- the order ---
 
 
 @settings(deadline=None)  # a busy machine is no fault
@@ -47,9 +77,13 @@ def test_an_unusable_file_is_named(tmp_path: Path, content: bytes | None, messag
 def test_epochs_are_permutations_however_they_are_cut(
     size: int, draws: list[int], seed: int
 ) -> None:
-    prompts = [str(index) for index in range(size)]
+    prompts = numbered(size)
     sampler = PromptSampler(prompts, seed)
-    pieces = [sampler.next(count) for count in draws]
+    pieces = []
+    for count in draws:
+        coming = sampler.upcoming(count)
+        pieces.append(sampler.next(count))
+        assert coming == list(dict.fromkeys(pieces[-1]))
     assert [len(piece) for piece in pieces] == draws
 
     drawn = [prompt for piece in pieces for prompt in piece]
@@ -60,27 +94,25 @@ def test_epochs_are_permutations_however_they_are_cut(
 
 
 def test_the_order_depends_on_the_seed_and_the_epoch() -> None:
-    prompts = [str(index) for index in range(20)]
-    sampler = PromptSampler(prompts, seed=0)
+    sampler = PromptSampler(numbered(20), seed=0)
     first, second = sampler.next(20), sampler.next(20)
     assert first != second
-    assert first != PromptSampler(prompts, seed=1).next(20)
+    assert first != PromptSampler(numbered(20), seed=1).next(20)
 
 
-def test_a_resumed_sampler_continues_exactly() -> None:
-    prompts = [str(index) for index in range(7)]
-    sampler = PromptSampler(prompts, seed=3)
+def test_a_resumed_sampler_continues_exactly_whatever_the_metadata() -> None:
+    sampler = PromptSampler(numbered(7), seed=3)
     sampler.next(10)
     state = json.loads(json.dumps(sampler.state_dict()))
-    resumed = PromptSampler(prompts, seed=99)
+    resumed = PromptSampler([Prompt(p.text, {"tag": p.text}) for p in numbered(7)], seed=99)
     resumed.load_state_dict(state)
-    assert resumed.next(25) == sampler.next(25)
+    assert [p.text for p in resumed.next(25)] == [p.text for p in sampler.next(25)]
 
 
 def test_a_state_of_other_prompts_is_refused() -> None:
-    state = PromptSampler(["a", "b"], seed=0).state_dict()
+    state = PromptSampler(numbered(2), seed=0).state_dict()
     with pytest.raises(PromptError, match="other prompts"):
-        PromptSampler(["a", "c"], seed=0).load_state_dict(state)
+        PromptSampler([Prompt("0"), Prompt("2")], seed=0).load_state_dict(state)
 
 
 def test_no_prompts_are_refused() -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional
 
+from treegrpo.errors import UserError
 from treegrpo.miniature.scenes import (
     BACKGROUND,
     COLORS,
@@ -26,7 +27,7 @@ from treegrpo.miniature.scenes import (
     place,
     render,
 )
-from treegrpo.rewards import BUILT_IN, RewardError, load_reward, score
+from treegrpo.rewards import BUILT_IN, RewardError, check_reward, load_reward, score
 from treegrpo.rewards.composition import (
     composition,
     composition_accuracy,
@@ -223,11 +224,83 @@ def test_jpeg_is_pillows_file_size() -> None:
     assert torch.equal(rewards, -sizes)
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_built_in_rewards_score(name: str) -> None:
+@pytest.mark.parametrize(
+    "name", [name for name, target in BUILT_IN.items() if target.split(":")[1].islower()]
+)
+def test_built_in_functions_score(name: str) -> None:
     images = draw(PlacedShape("red", "circle", 16, 16, 5)).expand(2, -1, -1, -1)
     scores = score(name, load_reward(name), images, ["a red circle"] * 2, None, None)
     assert scores.shape == (2,) and scores.dtype == torch.float32
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_reward_refuses_options_it_does_not_have(name: str) -> None:
+    with pytest.raises(UserError, match=rf"^reward '{name}': (unknown option|got options)"):
+        check_reward(name, {"no_such_option": 1})
+
+
+class Weighted:
+    """A reward with options."""
+
+    def __init__(self, factor: float, offset: float = 0.0) -> None:
+        if factor <= 0:
+            raise UserError(f"option factor: got {factor}; must be positive")
+        self.factor, self.offset = factor, offset
+
+    def __call__(self, images: torch.Tensor, prompts: list[str], metadata: object) -> torch.Tensor:
+        return images.mean((1, 2, 3)) * self.factor + self.offset
+
+
+WEIGHTED = f"{__name__}:Weighted"
+
+
+def test_a_class_is_made_with_its_options() -> None:
+    reward = load_reward(WEIGHTED, {"factor": 2.0, "offset": 1.0})
+    images = torch.full((3, 3, 4, 4), 0.2)
+    assert reward(images, [""] * 3, None) == pytest.approx(1.4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"factor": 1.0, "offest": 1.0}, "unknown option 'offest'; did you mean 'offset'?"),
+        ({"offset": 1.0}, "the option 'factor' must be given"),
+        ({"factor": -1.0}, "option factor: got -1.0; must be positive"),
+    ],
+)
+def test_options_that_are_not_allowed_are_refused(options: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_reward(WEIGHTED, options)
+    assert str(caught.value) == f"reward '{WEIGHTED}': {message}"
+
+
+def test_a_reward_sees_what_a_picture_file_would_hold() -> None:
+    seen: list[torch.Tensor] = []
+
+    def keep(images: torch.Tensor, prompts: list[str], metadata: object) -> list[float]:
+        seen.append(images)
+        return [0.0] * len(images)
+
+    images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    score("keep", keep, images, ["", ""], None, None)
+    levels = seen[0] * 255
+    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
+    assert (seen[0] - images).abs().max() <= 0.5 / 255 + 1e-6
+
+
+def test_a_video_is_scored_by_the_mean_of_some_frames() -> None:
+    asked: list[tuple[int, list[str]]] = []
+
+    def brightness(images: torch.Tensor, prompts: list[str], metadata: object) -> torch.Tensor:
+        asked.append((len(images), prompts))
+        return images.mean((1, 2, 3))
+
+    levels = torch.tensor([[0, 51, 102, 153, 204, 255], [255, 0, 0, 51, 0, 0]]) / 255
+    videos = levels[..., None, None, None].expand(-1, -1, 3, 4, 4)
+    scores = score("brightness", brightness, videos, ["a", "b"], None, None, frames=3)
+    assert asked == [(6, ["a", "a", "a", "b", "b", "b"])]
+    # The frames in the middles of three equal parts.
+    torch.testing.assert_close(scores, levels[:, [1, 3, 5]].mean(1))
 
 
 def test_a_reward_in_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ _EXPORTS = {
     "load_config": "treegrpo.config",
     "UserError": "treegrpo.errors",
     "RolloutPlan": "treegrpo.plan",
+    "Prompt": "treegrpo.prompts",
     "load_prompts": "treegrpo.prompts",
 }
 

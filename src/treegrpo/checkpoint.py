@@ -50,7 +50,7 @@ def check_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
         if not (folder / STATE_FILE).is_file():
             raise RunError(f"output: {folder} holds no run to resume (no {STATE_FILE})")
         _check_same_settings(folder, config)
-    elif folder.is_dir() and any(folder.iterdir()):
+    elif folder.is_dir() and not _is_unused(folder):
         if not (folder / CONFIG_FILE).is_file():
             raise RunError(
                 f"output: {folder} is not empty and holds no run, so nothing in it is "
@@ -61,6 +61,15 @@ def check_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
                 f"output: {folder} already holds a run; continue it with --resume, replace "
                 "it with --overwrite, or choose another folder with output=FOLDER"
             )
+
+
+def _is_unused(folder: Path) -> bool:
+    """Whether nothing is there, or a run that ended before its first iteration."""
+    results = (STATE_FILE, METRICS_FILE, EVALUATIONS_FILE)
+    is_run = (folder / CONFIG_FILE).is_file()
+    return not any(folder.iterdir()) or (
+        is_run and not any((folder / name).exists() for name in results)
+    )
 
 
 def prepare_folder(config: Config, *, resume: bool, overwrite: bool) -> None:

@@ -8,17 +8,18 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import yaml
 
 from treegrpo import __version__, checkpoint
 from treegrpo.config import Config, describe_fields, load_config, to_yaml
 from treegrpo.errors import UserError
 from treegrpo.models.folder import check_folder
 from treegrpo.plan import PlanError
-from treegrpo.prompts import load_prompts
-from treegrpo.rewards import BUILT_IN, RewardError, load_reward
+from treegrpo.prompts import load_prompts, load_train_and_held_out
+from treegrpo.rewards import RewardError, check_reward
 
 app = typer.Typer(
     name="treegrpo",
@@ -141,7 +142,9 @@ def sample(
     """Draw a grid of samples, one row per prompt."""
     if bool(prompt) == bool(prompts):
         raise UserError("prompts: must be given by --prompt or by --prompts, not both")
-    texts = load_prompts(prompts, "held_out") if prompts else list(prompt or [])
+    texts = (
+        [one.text for one in load_prompts(prompts, "held_out")] if prompts else list(prompt or [])
+    )
     _check_model(model, "MODEL")
     _check_parent(out, "--out")
 
@@ -210,14 +213,74 @@ def evaluate_(
     )
 
 
+@app.command("serve-reward")
+def serve_reward_(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A reward: built in, or module:function or module:Class of your own.",
+            show_default=False,
+        ),
+    ],
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="An option of the reward; may be given several times."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help='The address to listen on; "0.0.0.0" lets other machines in.')
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")
+    ] = 8000,
+    token_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VARIABLE", help="Environment variable with a token that clients must send."
+        ),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most images of one request.")] = 256,
+    device: Annotated[
+        str, typer.Option(help='Where images go; "auto" is an accelerator if there is one.')
+    ] = "auto",
+) -> None:
+    """Serve a reward to runs on other machines."""
+    options: dict[str, Any] = {}
+    for text in option or []:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise UserError(f"--option: got {text!r}; must be KEY=VALUE")
+        options[key] = yaml.safe_load(value)
+    _check_reward(name, "NAME", options)
+
+    from treegrpo.serve_reward import serve
+
+    serve(
+        name,
+        options,
+        host=host,
+        port=port,
+        token_env=token_env,
+        max_batch=max_batch,
+        device=device,
+    )
+
+
 # --- what is refused before anything heavy is imported ---
 
 
 def _check_train(config: Config, *, resume: bool, overwrite: bool) -> None:
-    load_prompts(config.prompts.train, "train")
-    load_prompts(config.prompts.held_out, "held_out")
+    load_train_and_held_out(
+        config.prompts.train,
+        config.prompts.held_out,
+        held_out_share=config.prompts.held_out_share,
+        column=config.prompts.column,
+        held_out_column=config.prompts.held_out_column,
+    )
     for index, reward in enumerate(config.rewards):
-        _check_reward(reward.name, f"rewards.{index}.name")
+        _check_reward(reward.name, f"rewards.{index}.name", reward.options)
     if config.evaluation.accuracy is not None:
         _check_reward(config.evaluation.accuracy, "evaluation.accuracy")
     _check_model(config.model.path, "model.path")
@@ -243,12 +306,10 @@ def _check_model(model: str, field: str) -> None:
         )
 
 
-def _check_reward(name: str, field: str) -> None:
-    if name in BUILT_IN:
-        return  # These exist, and importing them takes seconds.
+def _check_reward(name: str, field: str, options: dict[str, Any] | None = None) -> None:
     try:
-        load_reward(name)
-    except ValueError as error:
+        check_reward(name, options)
+    except UserError as error:
         raise UserError(f"{field}: {error}") from error
 
 

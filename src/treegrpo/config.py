@@ -68,17 +68,34 @@ class ModelConfig(_Section):
     path: Name = "miniature"
     """The model: "miniature" (embedded), a diffusers folder, or a Hugging Face hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The model's number format; transitions and log-probabilities are float32 in any case."""
+    """What the model computes in; trained weights, transitions and log-probabilities are float32 in
+    any case."""
     device: Name = "auto"
     """The torch device, such as "cpu" or "cuda:1"; "auto" takes an accelerator if there is one."""
     guidance_scale: AtLeastZero[float] | None = None
-    """Classifier-free guidance in rollouts, updates and evaluation; null: the model's own."""
+    """Guidance in rollouts, updates and evaluation, 1 is none; null: the model's own."""
+    negative_prompt: str | None = None
+    """What classifier-free guidance leads away from; null: the model's own."""
     height: AtLeastOne | None = None
     """Image height in pixels; null: the model's own."""
     width: AtLeastOne | None = None
     """Image width in pixels; null: the model's own."""
+    frames: AtLeastOne | None = None
+    """Frames of a video; null: the model's own."""
     max_sequence_length: AtLeastOne | None = None
     """Prompt length in tokens, where the model's text encoder has a choice; null: its own."""
+    embedding_cache: Name | None = "auto"
+    """Folder of prompt embeddings, which are computed once, after which the text encoders leave
+    memory; "auto": treegrpo in the user's cache folder; null: encoders and embeddings in memory."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: much less memory, a third more time."""
+    compile: bool = False
+    """Compile the model's repeated blocks: minutes at the start, faster afterwards."""
+    attention_backend: Name | None = None
+    """An attention implementation of diffusers, such as "flash" or "_native_cudnn"; null: its
+    default."""
+    vae_tiling: bool = False
+    """Decode large images in tiles: less memory, faint seams."""
     lora_rank: AtLeastZero[int] = 0
     """Rank of the trained LoRA adapters; 0 trains all weights."""
     lora_alpha: Positive | None = None
@@ -125,6 +142,14 @@ class RolloutConfig(_Section):
     """Most samples per prompt that a configuration may ask for: a guard against a slip."""
     max_batch: AtLeastOne = 512
     """Most samples in one forward pass of a rollout."""
+    decode_batch: AtLeastOne | None = None
+    """Most samples decoded at once; null: max_batch."""
+    prompts_per_batch: AtLeastOne | None = None
+    """Prompts sampled together; a batch's images are scored by servers while the next batch is
+    sampled; null: all of a process's prompts."""
+    offload: bool = False
+    """Keep states and images in the CPU's memory, so that the device's does not grow with their
+    number."""
     prompts_per_iteration: AtLeastOne = 16
     """Prompts, each with a group of samples, per iteration."""
 
@@ -238,6 +263,8 @@ class ObjectiveConfig(_Section):
     """Over a sample's dimensions: mean, as published clip ranges expect, or sum, the density."""
     kl_weight: AtLeastZero[float] = 0.0
     """Weight of the divergence from the initial model."""
+    reference_on_cpu: bool = False
+    """Keep the initial model on the CPU between updates (without LoRA, which needs no copy)."""
     guard: bool = False
     """Normalize the ratios of each step as GRPO-Guard does."""
 
@@ -281,18 +308,38 @@ class RewardConfig(_Section):
     """One reward and its share in the training signal."""
 
     name: Name
-    """The reward."""
+    """Built in, "module:function" or "module:Class" of your own, or a reward server's http://
+    address."""
     weight: AtLeastZero[float] = 1.0
     """Weight in the combined advantage; 0: only watched."""
+    label: Name | None = None
+    """What it is called in metrics and tables; null: its name."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Its own settings, such as path, device, dtype and batch_size of a reward model."""
+    frames: AtLeastOne = 4
+    """Evenly spaced frames of a video that are scored and averaged."""
+
+    @property
+    def key(self) -> str:
+        """What it is called everywhere but in this configuration."""
+        return self.label or self.name
 
 
 class PromptsConfig(_Section):
     """Where prompts come from."""
 
     train: Name = "miniature"
-    """Training prompts: "miniature" (embedded), or a text file with one prompt per line."""
-    held_out: Name = "miniature"
-    """Evaluation prompts, in the same way."""
+    """Training prompts: "miniature" (embedded), a .txt file with one prompt per line, a .jsonl,
+    .json, .csv, .tsv or .parquet file, or a Hugging Face dataset (owner/name:split)."""
+    held_out: Name | None = None
+    """Evaluation prompts, in the same way; null: a share of the training prompts (for "miniature":
+    its own held-out list)."""
+    held_out_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """The share that is held out where held_out is null, chosen by a hash of each prompt."""
+    column: Name = "prompt"
+    """The column with the prompt; the other columns become metadata for rewards."""
+    held_out_column: Name | None = None
+    """That of held_out; null: the same."""
 
 
 class EvaluationConfig(_Section):
@@ -365,12 +412,14 @@ class Config(_Section):
     @field_validator("rewards")
     @classmethod
     def _rewards_train(cls, rewards: list[RewardConfig]) -> list[RewardConfig]:
-        names = [reward.name for reward in rewards]
+        names = [reward.key for reward in rewards]
         if len(set(names)) < len(names):
-            raise _problem(names, "must name each reward once")
+            raise _problem(
+                names, "must name each reward once; give a label where one is used twice"
+            )
         if not any(reward.weight > 0 for reward in rewards):
             raise _problem(
-                [reward.model_dump() for reward in rewards],
+                {reward.key: reward.weight for reward in rewards},
                 "must have at least one reward with a weight above 0",
             )
         return rewards
@@ -417,7 +466,11 @@ def describe_fields(
         if inner is not None:
             yield from describe_fields(inner, f"{prefix}{name}.{'N.' if is_list else ''}")
         else:
-            default = "required" if field.is_required() else _shown(field.get_default())
+            default = (
+                "required"
+                if field.is_required()
+                else _shown(field.get_default(call_default_factory=True))
+            )
             sentence = " ".join((field.description or "").split())
             if get_origin(field.annotation) is Literal:
                 sentence += f" One of {', '.join(map(str, get_args(field.annotation)))}."

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from treegrpo.models.embeddings import cache_folder
 from treegrpo.models.policy import Policy, load_policy
 from treegrpo.plan import RolloutPlan
-from treegrpo.prompts import load_prompts
+from treegrpo.prompts import Prompt, load_prompts
 from treegrpo.rewards import Reward, load_reward, score
 from treegrpo.rollout import rollout
 from treegrpo.transition import transitions
@@ -28,7 +29,7 @@ class Evaluation:
         prompts: P prompts.
         scores: reward name to float32 [P, images per prompt].
         kept: indices of the prompts whose images were kept.
-        images: float32 [kept, images per prompt, 3, height, width].
+        images: float32 [kept, images per prompt, 3, height, width]; a video's middle frame.
         seconds: wall time.
         forwards: model forwards (rows).
     """
@@ -57,8 +58,11 @@ def sample(
     steps: int,
     generator: torch.Generator,
     max_batch: int,
+    decode_batch: int | None = None,
+    frames: int | None = None,
 ) -> Tensor:
-    """Deterministic samples: float32 [prompts, images_per_prompt, 3, height, width] in [0, 1]."""
+    """Deterministic samples: float32 [prompts, images_per_prompt, 3, height, width] in [0, 1], or
+    videos [prompts, videos_per_prompt, frames, 3, height, width]."""
     plan = RolloutPlan(images_per_prompt, (1,) * steps, (False,) * steps)
     schedule = policy.schedule(steps)
     noise = policy.noise(len(prompts) * images_per_prompt, generator)
@@ -70,27 +74,31 @@ def sample(
         transitions(schedule, plan.stochastic),
         max_batch=max_batch,
     )
-    images = policy.decode(forest.leaves.flatten(0, 1), max_batch)
+    leaves = forest.leaves.flatten(0, 1)
+    images = policy.decode(leaves, decode_batch or max_batch, frames)
     return images.view(len(prompts), images_per_prompt, *images.shape[1:])
 
 
 def evaluate(
     policy: Policy,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward],
     *,
     images_per_prompt: int,
     steps: int,
     seed: int,
     max_batch: int,
+    decode_batch: int | None = None,
     keep: Sequence[int] = (),
     keep_folder: Path | None = None,
+    frames: Mapping[str, int] | None = None,
 ) -> Evaluation:
     """Score a model on prompts; the same seed gives every model the same noises.
 
     Args:
         keep: indices of prompts whose images are kept.
         keep_folder: where a failing reward leaves its images.
+        frames: by reward, how many of a video's it is asked about; 4 if not given.
 
     Raises:
         RewardError: a reward failed.
@@ -104,26 +112,42 @@ def evaluate(
         part = list(prompts[offset : offset + chunk])
         images = sample(
             policy,
-            part,
+            [prompt.text for prompt in part],
             images_per_prompt=images_per_prompt,
             steps=steps,
             generator=generator,
             max_batch=max_batch,
+            decode_batch=decode_batch,
+            frames=max((frames or {"": 4}).values()),
         )
-        repeated = [prompt for prompt in part for _ in range(images_per_prompt)]
+        texts = [prompt.text for prompt in part for _ in range(images_per_prompt)]
+        metadata = [dict(prompt.metadata) for prompt in part for _ in range(images_per_prompt)]
         for name, reward in rewards.items():
-            values = score(name, reward, images.flatten(0, 1), repeated, None, keep_folder)
+            values = score(
+                name,
+                reward,
+                images.flatten(0, 1),
+                texts,
+                metadata,
+                keep_folder,
+                (frames or {}).get(name, 4),
+            )
             scores[name].append(values.view(len(part), images_per_prompt))
         wanted = [index - offset for index in sorted(keep) if 0 <= index - offset < len(part)]
-        kept.append(images[wanted].cpu())
+        kept.append(middle_frames(images[wanted]).cpu())
     return Evaluation(
-        tuple(prompts),
+        tuple(prompt.text for prompt in prompts),
         {name: torch.cat(parts) for name, parts in scores.items()},
         tuple(sorted(keep)),
         torch.cat(kept),
         time.perf_counter() - start,
         policy.forwards - forwards,
     )
+
+
+def middle_frames(images: Tensor) -> Tensor:
+    """Images as they are; of videos [..., frames, 3, height, width] the middle frame."""
+    return images[:, :, images.shape[2] // 2] if images.dim() == 6 else images
 
 
 def default_device() -> torch.device:
@@ -145,7 +169,13 @@ def sample_grid(
     """`treegrpo sample`: a picture of `count` samples per prompt."""
     from treegrpo.report.pictures import image_grid
 
-    policy = load_policy(model, device=default_device(), steps=steps, guidance_scale=guidance_scale)
+    policy = load_policy(
+        model,
+        device=default_device(),
+        cache=cache_folder(),
+        steps=steps,
+        guidance_scale=guidance_scale,
+    )
     images = sample(
         policy,
         prompts,
@@ -154,7 +184,7 @@ def sample_grid(
         generator=torch.Generator(policy.device).manual_seed(seed),
         max_batch=64,
     )
-    image_grid(out, prompts, images.cpu())
+    image_grid(out, prompts, middle_frames(images).cpu())
     print(f"wrote {out}")
 
 
@@ -176,7 +206,13 @@ def evaluate_command(
 
     rewards = {name: load_reward(name) for name in reward}
     texts = load_prompts(prompts, "held_out")[:max_prompts]
-    policy = load_policy(model, device=default_device(), steps=steps, guidance_scale=guidance_scale)
+    policy = load_policy(
+        model,
+        device=default_device(),
+        cache=cache_folder(),
+        steps=steps,
+        guidance_scale=guidance_scale,
+    )
     result = evaluate(
         policy,
         texts,

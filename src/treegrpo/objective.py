@@ -7,8 +7,9 @@ whatever the micro-batch size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -111,7 +112,7 @@ def losses(
     micro_batch: int | None = None,
     prompts: slice = slice(None),
     kl_weight: float = 0.0,
-    reference: Predict | None = None,
+    reference: Sequence[Tensor] | None = None,
     guard: bool = False,
     statistics: UpdateStatistics | None = None,
 ) -> Iterator[Tensor]:
@@ -124,10 +125,13 @@ def losses(
         clip_low, clip_high: the ratio's range is [1 - clip_low, 1 + clip_high].
         micro_batch: nodes per model call; does not change the summed gradient.
         prompts: which of the rollout's prompts to use (an optimizer step on a part of them).
-        kl_weight: of the KL divergence to `reference`.
+        kl_weight: of the KL divergence to the reference policy.
+        reference: its means per stochastic level, from `node_means`.
         guard: GRPO-Guard's ratio normalisation (arXiv 2510.22319); needs a rollout made with
             `keep_means=True`.
         statistics: filled as the losses are consumed.
+
+    The states of a micro-batch are brought to the advantages' device.
 
     Yields:
         Scalars whose sum is the objective, averaged over the chosen prompts' edges.
@@ -142,7 +146,7 @@ def losses(
         raise ValueError(f"prompts: got {prompts}; must be a range of at least one prompt")
     edges = rollout.plan.edges * len(chosen)
     statistics = statistics if statistics is not None else UpdateStatistics()
-    for batch in _node_batches(rollout.levels, advantages, chosen, micro_batch):
+    for batch in _node_batches(rollout.levels, advantages, reference, chosen, micro_batch):
         level, transition = batch.level, batch.level.transition
         output = predict(batch.nodes, level.step, batch.prompt_index)
         mean = transition.mean(*clean_and_noise(output, batch.nodes, rollout.schedule, level.step))
@@ -164,22 +168,50 @@ def losses(
         ratio = log_ratio.exp()
         per_edge, clipped = clipped_surrogate(ratio, batch.advantage, clip_low, clip_high)
         kl = torch.zeros_like(ratio)
-        if kl_weight > 0 and reference is not None:
-            with torch.no_grad():
-                output = reference(batch.nodes, level.step, batch.prompt_index)
-                estimates = clean_and_noise(output, batch.nodes, rollout.schedule, level.step)
-            divergence = gaussian_kl(
-                mean, transition.mean(*estimates), transition.std, rollout.reduction
-            )
+        if kl_weight > 0 and batch.reference is not None:
+            divergence = gaussian_kl(mean, batch.reference, transition.std, rollout.reduction)
             kl = divergence[:, None].expand_as(ratio)
         loss = (per_edge * scale + kl_weight * kl).sum() / edges
         statistics.add(loss, ratio, clipped, kl, rows)
         yield loss
 
 
+def micro_batches(rollout: Rollout, prompts: int, micro_batch: int | None) -> int:
+    """How many losses `losses` yields for so many prompts."""
+    widths = [level.nodes.shape[1] * prompts for level in rollout.levels]
+    return sum(math.ceil(rows / (micro_batch or rows)) for rows in widths)
+
+
+@torch.no_grad()
+def node_means(
+    predict: Predict, rollout: Rollout, device: torch.device, micro_batch: int | None = None
+) -> tuple[Tensor, ...]:
+    """A policy's Gaussian means at every node: per stochastic level [prompts, n, ...], kept where
+    the states are.
+
+    Args:
+        predict: the policy, such as a reference that is then no longer needed.
+        device: where it computes.
+        micro_batch: nodes per model call.
+    """
+    results = []
+    for level in rollout.levels:
+        prompts, width = level.nodes.shape[:2]
+        index = torch.arange(prompts, device=device).repeat_interleave(width)
+        rows, size = level.nodes.flatten(0, 1), micro_batch or prompts * width
+        means = []
+        for start in range(0, len(rows), size):
+            x = rows[start : start + size].to(device)
+            output = predict(x, level.step, index[start : start + size])
+            estimates = clean_and_noise(output, x, rollout.schedule, level.step)
+            means.append(level.transition.mean(*estimates).to(rows.device))
+        results.append(torch.cat(means).view_as(level.nodes))
+    return tuple(results)
+
+
 @dataclass(frozen=True)
 class _NodeBatch:
-    """Some nodes of one level: nodes [rows, ...], children [rows, k, ...], the rest [rows, k]."""
+    """Some nodes of one level: states [rows, ...], children [rows, k, ...], the rest [rows, k]."""
 
     level: Level
     nodes: Tensor
@@ -187,32 +219,38 @@ class _NodeBatch:
     log_prob: Tensor
     advantage: Tensor
     prompt_index: Tensor
-    mean: Tensor | None = field(default=None)
+    mean: Tensor | None
+    reference: Tensor | None
 
 
 def _node_batches(
-    levels: Sequence[Level], advantages: Sequence[Tensor], prompts: range, micro_batch: int | None
+    levels: Sequence[Level],
+    advantages: Sequence[Tensor],
+    references: Sequence[Tensor] | None,
+    prompts: range,
+    micro_batch: int | None,
 ) -> Iterator[_NodeBatch]:
-    for level, advantage in zip(levels, advantages, strict=True):
-        width, siblings = level.nodes.shape[1], level.branching
+    part = slice(prompts.start, prompts.stop)
+    for number, (level, advantage) in enumerate(zip(levels, advantages, strict=True)):
+        width, siblings, device = level.nodes.shape[1], level.branching, advantage.device
         rows = width * len(prompts)
-        part = slice(prompts.start, prompts.stop)
-        device = level.nodes.device
         index = torch.arange(prompts.start, prompts.stop, device=device).repeat_interleave(width)
         nodes = level.nodes[part].flatten(0, 1)
-        mean = None if level.mean is None else level.mean[part].flatten(0, 1)
         children = level.children[part].reshape(rows, siblings, *nodes.shape[1:])
         old = level.log_prob[part].reshape(rows, siblings)
         edge_advantage = advantage[part].reshape(rows, siblings)
+        mean = None if level.mean is None else level.mean[part].flatten(0, 1)
+        reference = None if references is None else references[number][part].flatten(0, 1)
         size = micro_batch or rows
         for start in range(0, rows, size):
             some = slice(start, start + size)
             yield _NodeBatch(
                 level,
-                nodes[some],
-                children[some],
-                old[some],
+                nodes[some].to(device),
+                children[some].to(device),
+                old[some].to(device),
                 edge_advantage[some],
                 index[some],
-                None if mean is None else mean[some],
+                None if mean is None else mean[some].to(device),
+                None if reference is None else reference[some].to(device),
             )

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -32,14 +34,21 @@ from treegrpo.config import Config, RolloutConfig
 from treegrpo.console import Display, stop_signal
 from treegrpo.errors import UserError
 from treegrpo.evaluate import Evaluation, default_device, evaluate
+from treegrpo.models.embeddings import cache_folder
 from treegrpo.models.folder import LORA_FILE, ModelError, resolve
-from treegrpo.models.policy import Policy, load_policy
-from treegrpo.objective import UpdateStatistics, losses
+from treegrpo.models.policy import (
+    Policy,
+    check_attention_backend,
+    load_weights,
+    open_policy,
+)
+from treegrpo.objective import UpdateStatistics, losses, micro_batches, node_means
 from treegrpo.plan import RolloutPlan, WindowSchedule
-from treegrpo.prompts import PromptSampler, load_prompts
+from treegrpo.prompts import Prompt, PromptSampler, load_train_and_held_out, overlap
+from treegrpo.report.model_card import write_model_card
 from treegrpo.report.run import RunLog, TrainingResult, describe, write_report, write_versions
 from treegrpo.rewards import Reward, load_reward, score
-from treegrpo.rollout import Predict, Rollout, rollout
+from treegrpo.rollout import Predict, Rollout, join, rollout
 from treegrpo.transition import transitions
 
 # The first ratio is 1 by construction. What is allowed on top is the rounding of a model that
@@ -120,7 +129,14 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         Display(config.train.iterations, enabled=trainer.is_main) as display,
         stop_signal() as stop,
     ):
+        for warning in trainer.warnings:
+            display.say(f"warning: {warning}")
+        trainer.prepare_prompts()
         before = last = trainer.evaluate()
+        trainer.baseline = {
+            name: (values.mean().item(), values.std().item())
+            for name, values in before.scores.items()
+        }
         display.say(f"before: {describe(before)}")
         if resume:
             trainer.load()
@@ -156,6 +172,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     )
     if trainer.is_main:
         trainer.export(config.output / "model")
+        write_model_card(config.output / "model", config, trainer.policy, result)
         write_report(config, before, last, result, display)
     log.close()
     return result
@@ -173,17 +190,30 @@ class Trainer:
         schedule = window_schedule(config)
         plans = [build_plan(config.rollout, start) for start in schedule.possible_starts]
         self.window = schedule
-        self.rewards: dict[str, Reward] = {r.name: load_reward(r.name) for r in config.rewards}
-        self.held_out = load_prompts(config.prompts.held_out, "held_out")
+        self.rewards: dict[str, Reward] = {
+            reward.key: load_reward(reward.name, reward.options) for reward in config.rewards
+        }
+        self.frames = {reward.key: reward.frames for reward in config.rewards}
+        train_prompts, self.held_out = load_train_and_held_out(
+            config.prompts.train,
+            config.prompts.held_out,
+            held_out_share=config.prompts.held_out_share,
+            column=config.prompts.column,
+            held_out_column=config.prompts.held_out_column,
+        )
+        self.warnings = _shared_prompts(train_prompts, self.held_out)
         self.held_out = self.held_out[: config.evaluation.max_prompts]
+        self._check_prompts([*train_prompts, *self.held_out])
         # Spread over the list, whose neighbors are often alike.
         count = min(PICTURED_PROMPTS, len(self.held_out))
         self.pictured = [(2 * i + 1) * len(self.held_out) // (2 * count) for i in range(count)]
-        self.sampler = PromptSampler(load_prompts(config.prompts.train, "train"), config.train.seed)
+        self.sampler = PromptSampler(train_prompts, config.train.seed)
 
         device = config.model.device
         chosen = default_device() if device == "auto" else torch.device(device)
-        self.accelerator = Accelerator(cpu=chosen.type == "cpu")
+        # Some networks have layers that get no gradient, such as the last block's text layers.
+        distributed = DistributedDataParallelKwargs(find_unused_parameters=True)
+        self.accelerator = Accelerator(cpu=chosen.type == "cpu", kwargs_handlers=[distributed])
         self.is_main = self.accelerator.is_main_process
         ranks = self.accelerator.num_processes
         if config.rollout.prompts_per_iteration % (ranks * config.train.updates_per_iteration):
@@ -197,28 +227,43 @@ class Trainer:
                 f"model.path: {config.model.path} holds LoRA weights, which can be sampled and "
                 "evaluated; to train them on, continue their run with --resume"
             )
+        if config.model.attention_backend is not None:
+            check_attention_backend(config.model.attention_backend)
+        cache = config.model.embedding_cache
         torch.manual_seed(config.train.seed)
-        self.policy: Policy = load_policy(
+        self.policy: Policy = open_policy(
             config.model.path,
             device=self.accelerator.device,
             dtype=getattr(torch, config.model.dtype),
+            cache=None if cache is None else cache_folder() if cache == "auto" else Path(cache),
             steps=config.rollout.steps,
             guidance_scale=config.model.guidance_scale,
+            negative_prompt=config.model.negative_prompt,
             height=config.model.height,
             width=config.model.width,
+            frames=config.model.frames,
             max_sequence_length=config.model.max_sequence_length,
         )
+        if config.model.lora_targets:
+            self.policy.check_lora_targets(config.model.lora_targets)
         # Building the transitions refuses a step without a density before any sampling.
         for shape in plans:
             self._transitions(shape)
+        load_weights(self.policy, master_weights=not config.model.lora_rank)
         if config.model.lora_rank:
             self.policy.add_lora(
                 config.model.lora_rank,
                 config.model.lora_alpha or 2 * config.model.lora_rank,
                 config.model.lora_targets,
             )
-        self.policy.transformer.eval()  # no dropout: the ratio compares the same function
-        self.parameters = [p for p in self.policy.transformer.parameters() if p.requires_grad]
+        self.policy.configure(
+            gradient_checkpointing=config.model.gradient_checkpointing,
+            compile=config.model.compile,
+            attention_backend=config.model.attention_backend,
+            vae_tiling=config.model.vae_tiling,
+        )
+        self.policy.network.eval()  # no dropout: the ratio compares the same function
+        self.parameters = [p for p in self.policy.network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             self.parameters,
             lr=config.train.learning_rate,
@@ -226,12 +271,13 @@ class Trainer:
             weight_decay=config.train.weight_decay,
             fused=True,
         )
-        self.policy.transformer, self.optimizer = self.accelerator.prepare(
-            self.policy.transformer, optimizer
+        self.policy.network, self.optimizer = self.accelerator.prepare(
+            self.policy.network, optimizer
         )
         decay = config.train.ema_decay
         self.average = None if decay is None else EMAModel(self.parameters, decay=decay)
         self.reference = self._build_reference()
+        self.baseline: dict[str, tuple[float, float]] = {}  # of the untrained model's rewards
         self.iteration = 0
         self.seconds = 0.0
         self.rollout_forwards = 0
@@ -243,20 +289,18 @@ class Trainer:
         self._set_learning_rate()
         state = self.sampler.state_dict()
         try:
-            with watch("rollout"):
-                window_start = self.window.at(self.iteration)
-                shape = build_plan(config.rollout, window_start)
-                prompts = self._own_share(self.sampler.next(config.rollout.prompts_per_iteration))
-                predict = self._predictor(prompts)
-                forest = self._rollout(predict, prompts, shape)
-            with watch("decode"):
-                images = self.policy.decode(forest.leaves.flatten(0, 1), config.rollout.max_batch)
-            with watch("reward"):
-                rewards = self._score(images, prompts)
+            window_start = self.window.at(self.iteration)
+            shape = build_plan(config.rollout, window_start)
+            numbers = self._own_share(range(config.rollout.prompts_per_iteration))
+            drawn = self.sampler.next(config.rollout.prompts_per_iteration)
+            prompts = [drawn[number] for number in numbers]
+            forest, rewards = self._sample(prompts, numbers, shape, watch)
             advantages = self._advantages(rewards, forest)
             with watch("update"):
+                predict = self._predictor(prompts)
+                reference = self._reference_means(predict, forest, prompts)
                 first, all_updates, gradient_norm = self._update(
-                    predict, forest, advantages, self._reference_predictor(prompts)
+                    predict, forest, advantages, reference
                 )
         except BaseException:
             # The iteration did not happen: a resumed run draws these prompts again.
@@ -293,12 +337,52 @@ class Trainer:
 
     # --- the stages of an iteration ---
 
-    def _own_share(self, prompts: list[str]) -> list[str]:
+    def _own_share(self, items: Sequence[Any]) -> Sequence[Any]:
         """This process's prompts; a prompt's whole group lives on one process."""
-        return prompts[self.accelerator.process_index :: self.accelerator.num_processes]
+        return items[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def _predictor(self, prompts: Sequence[str]) -> Predict:
-        return self.policy.predictor(self.policy.encode(prompts), self.config.rollout.steps)
+    def _predictor(self, prompts: Sequence[Prompt]) -> Predict:
+        conditioning = self.policy.encode([prompt.text for prompt in prompts])
+        return self.policy.predictor(conditioning, self.config.rollout.steps)
+
+    def _sample(
+        self,
+        prompts: Sequence[Prompt],
+        numbers: Sequence[int],
+        shape: RolloutPlan,
+        watch: _Stopwatch,
+    ) -> tuple[Rollout, dict[str, Tensor]]:
+        """The prompts' forests, and reward name to float32 [prompts, leaves].
+
+        In batches: while a server scores one batch's images, the next batch is sampled.
+        """
+        settings = self.config.rollout
+        size = settings.prompts_per_batch or len(prompts)
+        forests: list[Rollout] = []
+        scores: list[dict[str, Tensor | Future[Tensor]]] = []
+        workers = sum(getattr(r, "concurrent", False) for r in self.rewards.values())
+        with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool, self._closing_rewards():
+            for start in range(0, len(prompts), size):
+                part = prompts[start : start + size]
+                with watch("rollout"):
+                    forests.append(self._rollout(part, numbers[start : start + size], shape))
+                with watch("decode"):
+                    leaves = forests[-1].leaves.flatten(0, 1)
+                    images = self.policy.decode(
+                        leaves,
+                        settings.decode_batch or settings.max_batch,
+                        frames=max(self.frames.values()),
+                    )
+                    if settings.offload:
+                        images = images.cpu()
+                with watch("reward"):
+                    scores.append(self._score(images, part, pool))
+            with watch("reward"):
+                rewards = {
+                    name: torch.cat([_result(part[name]) for part in scores])
+                    for name in self.rewards
+                }
+        return join(forests), rewards
 
     def _transitions(self, shape: RolloutPlan) -> Any:
         config = self.config.rollout
@@ -309,38 +393,66 @@ class Trainer:
             config.noise_level,
         )
 
-    def _rollout(self, predict: Predict, prompts: Sequence[str], shape: RolloutPlan) -> Rollout:
-        # Seeded by the iteration, so that a resumed run draws what the unbroken one would have.
-        seed = (self.config.train.seed * 1_000_003 + self.iteration) * 4096
-        generator = torch.Generator(self.policy.device)
-        generator.manual_seed(seed + self.accelerator.process_index)
-        noise = self.policy.noise(len(prompts) * shape.roots, generator)
+    @contextmanager
+    def _closing_rewards(self) -> Iterator[None]:
+        """On a failure, let rewards give up what they are waiting for."""
+        try:
+            yield
+        except BaseException:
+            for reward in self.rewards.values():
+                if hasattr(reward, "close"):
+                    reward.close()
+            raise
+
+    def _rollout(
+        self, prompts: Sequence[Prompt], numbers: Sequence[int], shape: RolloutPlan
+    ) -> Rollout:
+        config, policy = self.config, self.policy
+        # Each of the iteration's prompts has a generator of its own: what it draws depends neither
+        # on the batches nor on the processes, and a resumed run draws what the unbroken one would.
+        first = (config.train.seed * 1_000_003 + self.iteration) * 2**20
+        generators = [torch.Generator(policy.device).manual_seed(first + n) for n in numbers]
+        noise = torch.stack([policy.noise(shape.roots, generator) for generator in generators])
         return rollout(
-            predict,
-            noise.view(len(prompts), shape.roots, *noise.shape[1:]),
+            self._predictor(prompts),
+            noise.cpu() if config.rollout.offload else noise,
             shape,
-            self.policy.schedule(self.config.rollout.steps),
+            policy.schedule(config.rollout.steps),
             self._transitions(shape),
-            max_batch=self.config.rollout.max_batch,
-            reduction=self.config.objective.log_prob_reduction,
-            generator=generator,
-            keep_means=self.config.objective.guard,
+            max_batch=config.rollout.max_batch,
+            reduction=config.objective.log_prob_reduction,
+            generator=generators,
+            keep_means=config.objective.guard,
+            device=policy.device,
         )
 
-    def _score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Reward name to float32 [prompts, leaves]."""
+    def _score(
+        self, images: Tensor, prompts: Sequence[Prompt], pool: ThreadPoolExecutor
+    ) -> dict[str, Tensor | Future[Tensor]]:
+        """Reward name to float32 [prompts, leaves], or the promise of it."""
         leaves = len(images) // len(prompts)
-        repeated = [prompt for prompt in prompts for _ in range(leaves)]
+        texts = [prompt.text for prompt in prompts for _ in range(leaves)]
+        metadata = [dict(prompt.metadata) for prompt in prompts for _ in range(leaves)]
         folder = self.config.output / "failed_reward"
+        if any(getattr(reward, "concurrent", False) for reward in self.rewards.values()):
+            # A copy that a thread asked for would wait for the next rollout's work on the device.
+            images = images.cpu()
+
+        def ask(name: str) -> Tensor:
+            values = score(
+                name, self.rewards[name], images, texts, metadata, folder, self.frames[name]
+            )
+            return values.view(len(prompts), leaves)
+
         return {
-            name: score(name, reward, images, repeated, None, folder).view(len(prompts), leaves)
+            name: pool.submit(ask, name) if getattr(reward, "concurrent", False) else ask(name)
             for name, reward in self.rewards.items()
         }
 
     def _advantages(self, rewards: dict[str, Tensor], forest: Rollout) -> EdgeAdvantages:
         settings = self.config.advantage
         trained = [r for r in self.config.rewards if r.weight > 0]
-        values = [rewards[r.name].to(self.policy.device) for r in trained]
+        values = [rewards[r.key].to(self.policy.device) for r in trained]
         everyone = (
             [self.accelerator.gather(v) for v in values] if settings.std == "global" else None
         )
@@ -368,7 +480,7 @@ class Trainer:
         predict: Predict,
         forest: Rollout,
         advantages: EdgeAdvantages,
-        reference: Predict | None,
+        reference: Sequence[Tensor] | None,
     ) -> tuple[UpdateStatistics, UpdateStatistics, float]:
         """Optimizer steps; returns the first one's statistics, all of them, and the mean norm."""
         config = self.config
@@ -379,7 +491,7 @@ class Trainer:
         for _ in range(config.train.inner_epochs):
             for part in range(parts):
                 statistics = UpdateStatistics()
-                for loss in losses(
+                each_loss = losses(
                     predict,
                     forest,
                     advantages.levels,
@@ -391,8 +503,12 @@ class Trainer:
                     reference=reference,
                     guard=config.objective.guard,
                     statistics=statistics,
-                ):
-                    self.accelerator.backward(loss)
+                )
+                for left in reversed(range(micro_batches(forest, share, config.train.micro_batch))):
+                    # Processes exchange gradients once an update, with its last micro-batch.
+                    alone = self.accelerator.no_sync(self.policy.network)
+                    with alone if left else nullcontext():
+                        self.accelerator.backward(next(each_loss))
                 if not each:
                     self._check_ratio(statistics)
                 norm = self.accelerator.clip_grad_norm_(self.parameters, config.train.max_grad_norm)
@@ -432,7 +548,7 @@ class Trainer:
             name: self.accelerator.gather(values.to(self.policy.device)).cpu()
             for name, values in rewards.items()
         }
-        main = next(r.name for r in self.config.rewards if r.weight > 0)
+        main = next(r.key for r in self.config.rewards if r.weight > 0)
         for name, values in gathered.items():
             figures = {
                 "reward": values.mean().item(),
@@ -443,6 +559,9 @@ class Trainer:
             if name == main:
                 metrics |= figures
             metrics |= {f"{key}/{name}": value for key, value in figures.items()}
+            if name in self.baseline:
+                mean, std = self.baseline[name]
+                metrics[f"reward_normalized/{name}"] = (figures["reward"] - mean) / (std or 1.0)
         accuracy = self.config.evaluation.accuracy
         if accuracy in gathered:
             metrics["accuracy"] = gathered[accuracy].mean().item()
@@ -452,27 +571,53 @@ class Trainer:
         """A frozen copy of the initial model, where the KL term needs one (LoRA needs none)."""
         if self.config.objective.kl_weight == 0 or self.config.model.lora_rank:
             return None
+        model: torch.nn.Module = self.accelerator.unwrap_model(self.policy.network)
+        reference = copy.deepcopy(model).requires_grad_(False)
+        return reference.cpu() if self.config.objective.reference_on_cpu else reference
 
-        model: torch.nn.Module = self.accelerator.unwrap_model(self.policy.transformer)
-        return copy.deepcopy(model).requires_grad_(False)
-
-    def _reference_predictor(self, prompts: Sequence[str]) -> Predict | None:
+    def _reference_means(
+        self, predict: Predict, forest: Rollout, prompts: Sequence[Prompt]
+    ) -> tuple[Tensor, ...] | None:
+        """The initial model's means at every node, where the KL term needs them."""
         if self.config.objective.kl_weight == 0:
             return None
-        if self.reference is not None:
-            conditioning = self.policy.encode(prompts)
-            return self.policy.predictor(conditioning, self.config.rollout.steps, self.reference)
-        model = self.accelerator.unwrap_model(self.policy.transformer)
-        current = self._predictor(prompts)
-
-        def without_adapter(x: Tensor, step: int, prompt_index: Tensor) -> Tensor:
+        device, micro_batch = self.policy.device, self.config.train.micro_batch
+        if self.reference is None:
+            model: Any = self.accelerator.unwrap_model(self.policy.network)
             model.disable_adapters()
             try:
-                return current(x, step, prompt_index)
+                return node_means(predict, forest, device, micro_batch)
             finally:
                 model.enable_adapters()
+        conditioning = self.policy.encode([prompt.text for prompt in prompts])
+        self.reference.to(device)
+        initial = self.policy.predictor(conditioning, self.config.rollout.steps, self.reference)
+        means = node_means(initial, forest, device, micro_batch)
+        if self.config.objective.reference_on_cpu:
+            self.reference.cpu()
+        return means
 
-        return without_adapter
+    def _check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Let each reward refuse prompts that it cannot score."""
+        texts = [prompt.text for prompt in prompts]
+        metadata = [dict(prompt.metadata) for prompt in prompts]
+        for name, reward in self.rewards.items():
+            check = getattr(reward, "check", None)
+            if check is not None:
+                try:
+                    check(texts, metadata)
+                except UserError as error:
+                    raise UserError(f"reward {name!r}: {error}") from error
+
+    def prepare_prompts(self) -> None:
+        """Compute the embeddings of the run's prompts; the text encoders then leave memory."""
+        draws = self.config.train.iterations * self.config.rollout.prompts_per_iteration
+        upcoming = [prompt.text for prompt in self.sampler.upcoming(draws)]
+        texts = [prompt.text for prompt in self.held_out] + upcoming
+        # The processes of a machine share its disk, and the work.
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.policy.prepare(texts[self.accelerator.local_process_index :: processes])
+        self.accelerator.wait_for_everyone()
 
     def evaluate(self) -> Evaluation:
         """The current policy (its average, if one is kept) on the held-out prompts."""
@@ -485,8 +630,10 @@ class Trainer:
                 steps=self.config.rollout.steps,
                 seed=self.config.evaluation.seed,
                 max_batch=self.config.rollout.max_batch,
+                decode_batch=self.config.rollout.decode_batch,
                 keep=self.pictured,
                 keep_folder=self.config.output / "failed_reward",
+                frames=self.frames,
             )
 
     def _watched(self) -> dict[str, Reward]:
@@ -512,8 +659,7 @@ class Trainer:
         """About what the checkpoint and the exported model take on disk."""
         trained = sum(p.numel() * p.element_size() for p in self.parameters)
         copies = 3 + (self.average is not None)  # weights, two moments, average
-        exported = trained if self.config.model.lora_rank else self.policy.bytes()
-        return copies * trained + exported
+        return copies * trained + self.policy.export_bytes()
 
     def save(self) -> None:
         """Write the state from which `load` continues exactly."""
@@ -558,6 +704,20 @@ class Trainer:
             self.policy.save(folder, base_model)
 
 
+def _result(scores: Tensor | Future[Tensor]) -> Tensor:
+    return scores.result() if isinstance(scores, Future) else scores
+
+
+def _shared_prompts(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[str]:
+    shared = overlap(train, held_out)
+    if not shared:
+        return []
+    return [
+        f"{len(shared)} of {len(held_out)} held-out prompts are trained on too, such as "
+        f"{shared[0]!r}: figures on them say little about other prompts"
+    ]
+
+
 class _Stopwatch:
     """Seconds per named stage; waits for the device, so that a stage gets its own time."""
 
@@ -572,7 +732,7 @@ class _Stopwatch:
         yield
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self.seconds[name] = time.perf_counter() - start
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     @property
     def total(self) -> float:

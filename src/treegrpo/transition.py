@@ -26,6 +26,10 @@ TransitionKind = Literal["flow_sde", "dance_sde", "cps", "ddim"]
 Reduction = Literal["mean", "sum"]
 
 
+# A first sigma above this is 1 but for a scheduler's care not to divide by zero.
+_NEARLY_ONE = 0.99
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Noise levels from the first (all or most noise) to the last (none): T + 1 of each.
@@ -45,6 +49,8 @@ class Schedule:
                 f"schedule: got {len(self.alpha)} alphas and {len(self.sigma)} sigmas; both need "
                 "one value per level, at least 2"
             )
+        if not all(map(math.isfinite, (*self.alpha, *self.sigma))):
+            raise PlanError(f"schedule: sigmas must be finite; got {self.sigma}")
         if any(
             later >= earlier for earlier, later in zip(self.sigma, self.sigma[1:], strict=False)
         ):
@@ -106,8 +112,9 @@ def stochastic(
 
     - `flow_sde` (Flow-GRPO, arXiv 2505.05470) and `dance_sde` (DanceGRPO, arXiv 2505.07818):
       `mean = x + (v + s^2 / (2 sigma) * noise) * dt`, `std = s * sqrt(-dt)`, dt = sigma' - sigma;
-      s is `noise_level * sqrt(sigma / (1 - sigma))` (the denominator's sigma is the schedule's
-      second where sigma = 1) and `noise_level`. Rectified flow only. Substituting
+      s is `noise_level * sqrt(sigma / (1 - sigma))` (where the schedule begins at sigma = 1, or
+      just short of it as Wan's and Sana's do, the denominator's sigma is the schedule's second)
+      and `noise_level`. Rectified flow only. Substituting
       `v = noise - clean` gives the weights below.
     - `cps` (arXiv 2509.05952): `std = sigma' * sin(noise_level * pi / 2)`.
     - `ddim` (arXiv 2010.02502, eta = noise_level):
@@ -128,7 +135,7 @@ def stochastic(
         time_step = next_sigma - sigma
         scale = noise_level
         if kind == "flow_sde":
-            bounded = sigma if sigma < 1 else schedule.sigma[1]
+            bounded = schedule.sigma[1] if step == 0 and sigma > _NEARLY_ONE else sigma
             scale = noise_level * math.sqrt(sigma / (1 - bounded))
         std = scale * math.sqrt(-time_step)
         noise_weight = next_sigma + scale**2 / (2 * sigma) * time_step

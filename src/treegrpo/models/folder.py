@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,20 @@ INDEX_FILE = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 # Pipeline class, as a checkpoint's model_index.json names it, to the policy that trains it.
-FAMILIES = {"StableDiffusion3Pipeline": "treegrpo.models.sd3:SD3Policy"}
+FAMILIES = {
+    "FluxPipeline": "treegrpo.models.flux:Flux",
+    "QwenImagePipeline": "treegrpo.models.qwen_image:QwenImage",
+    "SanaPipeline": "treegrpo.models.sana:Sana",
+    "StableDiffusion3Pipeline": "treegrpo.models.sd3:StableDiffusion3",
+    "StableDiffusionPipeline": "treegrpo.models.stable_diffusion:StableDiffusion",
+    "StableDiffusionXLPipeline": "treegrpo.models.stable_diffusion:StableDiffusionXL",
+    "WanPipeline": "treegrpo.models.wan:Wan",
+}
+
+# What a component's folder must hold: its configuration, and for models one of these weights.
+_CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+_WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
 class ModelError(UserError):
@@ -29,12 +43,15 @@ def resolve(path: str) -> str:
 
 
 def check_folder(folder: Path, field: str = "model.path") -> None:
-    """Refuse a folder that is neither a supported diffusers checkpoint nor our LoRA export.
+    """Refuse a folder that is neither a complete, supported checkpoint nor our LoRA export.
+
+    Weights are not read, but a missing shard or a truncated safetensors file is found.
 
     Raises:
-        ModelError: model_index.json is missing, damaged or of an unsupported pipeline class.
+        ModelError: a file is missing or damaged, or the pipeline class is not supported.
     """
     if (folder / LORA_FILE).is_file() and (folder / SAMPLING_FILE).is_file():
+        _check_weights(folder / LORA_FILE, field)
         return
     if not (folder / INDEX_FILE).is_file():
         raise ModelError(
@@ -42,7 +59,10 @@ def check_folder(folder: Path, field: str = "model.path") -> None:
             f"folder format, or LoRA weights as treegrpo exports them ({LORA_FILE} and "
             f"{SAMPLING_FILE})"
         )
-    check_family(str(folder), read_json(folder / INDEX_FILE, field), field)
+    index = read_json(folder / INDEX_FILE, field)
+    check_family(str(folder), index, field)
+    for name in components(index):
+        _check_component(folder / name, field)
 
 
 def check_family(path: str, index: dict[str, Any], field: str = "model.path") -> str:
@@ -56,7 +76,37 @@ def check_family(path: str, index: dict[str, Any], field: str = "model.path") ->
         raise ModelError(
             f"{field}: {path!r} is a {family}; supported are {', '.join(sorted(FAMILIES))}"
         )
+    # Here, before a hub's hundred gigabytes are downloaded.
+    second = (index.get("transformer_2") or [None])[0]
+    if second or index.get("boundary_ratio") is not None or index.get("expand_timesteps"):
+        raise ModelError(
+            f"{field}: {path!r} is a Wan 2.2 checkpoint (two networks, or a timestep per token); "
+            "must be a Wan 2.1 text-to-video checkpoint"
+        )
     return str(family)
+
+
+def components(index: dict[str, Any]) -> list[str]:
+    """The parts of a checkpoint that we use: its networks, tokenizers and scheduler."""
+    used = ("text_encoder", "tokenizer", "transformer", "unet", "vae", "scheduler")
+    return [
+        name
+        for name, value in index.items()
+        if name.startswith(used) and isinstance(value, list) and value[0] is not None
+    ]
+
+
+def component_configs(folder: Path, index: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The configuration of each network and of the scheduler, by component.
+
+    Raises:
+        ModelError: one of them cannot be read.
+    """
+    return {
+        name: read_json(folder / name / _config_file(name))
+        for name in components(index)
+        if not name.startswith("tokenizer")
+    }
 
 
 def read_json(path: Path, field: str = "model.path") -> dict[str, Any]:
@@ -72,3 +122,57 @@ def read_json(path: Path, field: str = "model.path") -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ModelError(f"{field}: {path} must hold a JSON object")
     return data
+
+
+def _config_file(name: str) -> str:
+    return next((file for kind, file in _CONFIGS.items() if name.startswith(kind)), "config.json")
+
+
+def _check_component(folder: Path, field: str) -> None:
+    config = folder / _config_file(folder.name)
+    if not config.is_file():
+        # A tokenizer without a configuration of its own has its vocabulary's files instead.
+        if not folder.name.startswith("tokenizer") or not folder.is_dir():
+            raise ModelError(f"{field}: {config} is missing; the checkpoint is incomplete")
+        return
+    read_json(config, field)
+    if folder.name.startswith(tuple(_CONFIGS)):
+        return
+    # Variants (model.fp16.safetensors) are not what from_pretrained takes by default.
+    candidates = [folder / (stem + ending) for stem in _WEIGHTS for ending in _ENDINGS]
+    weights = next((path for path in candidates if path.is_file()), None)
+    if weights is None:
+        raise ModelError(
+            f"{field}: {folder} holds no weights (such as {_WEIGHTS[0]}{_ENDINGS[0]}); the "
+            "checkpoint is incomplete"
+        )
+    if weights.suffix != ".json":
+        _check_weights(weights, field)
+        return
+    for shard in sorted(set(read_json(weights, field).get("weight_map", {}).values())):
+        if not (folder / shard).is_file():
+            raise ModelError(
+                f"{field}: {folder / shard} is missing, which {weights.name} names; the "
+                "checkpoint is incomplete"
+            )
+        _check_weights(folder / shard, field)
+
+
+def _check_weights(path: Path, field: str) -> None:
+    """A safetensors file says in its header how long it must be."""
+    if path.suffix != ".safetensors":
+        return
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header: dict[str, Any] = json.loads(file.read(length)) if length < size else {"": {}}
+        offsets = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+    except (OSError, ValueError, struct.error, AttributeError, KeyError) as error:
+        raise ModelError(f"{field}: {path} is not a safetensors file, or is damaged") from error
+    expected = 8 + length + max(offsets, default=0)
+    if size != expected:
+        raise ModelError(
+            f"{field}: {path} is damaged: it has {size:,} bytes, its header says {expected:,}; "
+            "download or copy it again"
+        )

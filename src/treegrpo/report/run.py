@@ -101,7 +101,7 @@ def write_report(
         accuracy_after=shares[1],
     )
     evaluations = checkpoint.read_lines(folder / checkpoint.EVALUATIONS_FILE)
-    main = next(r.name for r in config.rewards if r.weight > 0)
+    main = next(r.key for r in config.rewards if r.weight > 0)
     for record in evaluations:
         record["reward"] = record[main]
         if accuracy is not None:

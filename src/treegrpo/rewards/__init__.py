@@ -1,17 +1,20 @@
 """Rewards: what one is, how to name one, and how to ask it without trusting it.
 
-A reward is any function `(images, prompts, metadata) -> N numbers`. Adding one needs no code here:
-name it `module:function`. This file imports neither torch nor a reward model until one is used.
+A reward is anything that is called as `(images, prompts, metadata) -> N numbers`. Adding one needs
+no code here: name it `module:function`, or `module:Class` where it has options and a state. This
+file imports neither torch nor a reward model until one is used.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import itertools
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -21,12 +24,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+# A function is the reward; a class is constructed with the configuration's options.
 BUILT_IN = {
+    "aesthetic": "treegrpo.rewards.aesthetic:Aesthetic",
+    "clip_score": "treegrpo.rewards.clip_score:CLIPScore",
     "composition": "treegrpo.rewards.composition:composition",
     "composition_accuracy": "treegrpo.rewards.composition:composition_accuracy",
+    "geneval": "treegrpo.rewards.geneval:GenEval",
+    "hpsv2": "treegrpo.rewards.hpsv2:HPSv2",
+    "image_reward": "treegrpo.rewards.image_reward:ImageReward",
     "jpeg_compressibility": "treegrpo.rewards.jpeg:jpeg_compressibility",
     "jpeg_incompressibility": "treegrpo.rewards.jpeg:jpeg_incompressibility",
+    "ocr": "treegrpo.rewards.ocr:OCR",
+    "pickscore": "treegrpo.rewards.pickscore:PickScore",
+    "vlm_judge": "treegrpo.rewards.vlm_judge:VLMJudge",
 }
+REMOTE = "treegrpo.rewards.remote:Remote"  # any http:// or https:// address
 
 
 class RewardError(RuntimeError):
@@ -39,6 +52,12 @@ class Reward(Protocol):
     Images are a tensor [N, 3, H, W], float in [0, 1]; `metadata` has one dict per prompt, or is
     None. The N scores may come back as a tensor, a NumPy array or a list. Where a reward wants
     NumPy images, `numpy.asarray(images.cpu())` makes them.
+
+    A reward may have, beside being callable,
+    - `check(prompts, metadata)`, called before a run with all its prompts; raises UserError for a
+      prompt that the reward cannot score;
+    - `concurrent = True`: it may be called from a thread while the next images are being made;
+    - `close()`: called when a run fails, so that calls under way in threads end soon.
     """
 
     def __call__(
@@ -46,21 +65,53 @@ class Reward(Protocol):
     ) -> Tensor | NDArray[Any] | list[float]: ...
 
 
-def load_reward(name: str) -> Reward:
-    """Find a reward by its built-in name or as `module:function`.
+def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
+    """Make a reward.
 
-    The module may be installed or lie in the current directory.
+    Args:
+        name: built in, `module:function`, `module:Class` (the module may be installed or lie in
+            the current directory), or the http:// or https:// address of a reward server.
+        options: keyword arguments of the class.
 
     Raises:
-        UserError: no such built-in, module or function, or the module fails to import.
+        UserError: no such built-in, module or attribute, the module fails to import, or an option
+            is unknown, missing or not allowed.
     """
-    target = BUILT_IN.get(name, name)
+    options = dict(options or {})
+    target = _find(name)
+    if name.startswith(("http://", "https://")):
+        options = {"url": name, **options}
+    _check_options(name, target, options)
+    if not isinstance(target, type):
+        return cast(Reward, target)
+    try:
+        return cast(Reward, target(**options))
+    except UserError as error:
+        raise UserError(f"reward {name!r}: {error}") from error
+
+
+def check_reward(name: str, options: Mapping[str, Any] | None = None) -> None:
+    """Refuse what `load_reward` would, as far as that can be said without loading anything heavy.
+
+    Raises:
+        UserError: as `load_reward`.
+    """
+    if name in BUILT_IN and not options:
+        return  # These exist, and importing them takes seconds.
+    if name.startswith(("http://", "https://")):
+        options = {"url": name, **(options or {})}
+    _check_options(name, _find(name), dict(options or {}))
+
+
+def _find(name: str) -> Any:
+    target = REMOTE if name.startswith(("http://", "https://")) else BUILT_IN.get(name, name)
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
         near = difflib.get_close_matches(name, BUILT_IN, n=1)
         raise UserError(
             f"reward {name!r} is unknown{f' (did you mean {near[0]!r}?)' if near else ''}; "
-            f"built in are {', '.join(BUILT_IN)}; your own is written as 'module:function'"
+            f"built in are {', '.join(BUILT_IN)}; your own is written as 'module:function', a "
+            "server's as its http:// address"
         )
     # A console script does not search the current directory. Last, so that it hides no package.
     if os.getcwd() not in sys.path and "" not in sys.path:
@@ -73,13 +124,29 @@ def load_reward(name: str) -> Reward:
             f"({type(error).__name__}: {error}); looked in the current directory, {os.getcwd()}, "
             "and the installed packages"
         ) from error
-    reward = getattr(module, attribute, None)
-    if not callable(reward):
+    found = getattr(module, attribute, None)
+    if not callable(found):
         raise UserError(
             f"reward {name!r}: the module {module_name!r} ({module.__file__}) has no function "
             f"{attribute!r}"
         )
-    return cast(Reward, reward)
+    return found
+
+
+def _check_options(name: str, target: Any, options: dict[str, Any]) -> None:
+    if not isinstance(target, type):
+        if options:
+            raise UserError(f"reward {name!r}: got options {sorted(options)}; it takes none")
+        return
+    parameters = inspect.signature(target).parameters
+    for option in options:
+        if option not in parameters:
+            near = difflib.get_close_matches(option, parameters, n=1)
+            advice = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(parameters)}"
+            raise UserError(f"reward {name!r}: unknown option {option!r}; {advice}")
+    for parameter in parameters.values():
+        if parameter.default is inspect.Parameter.empty and parameter.name not in options:
+            raise UserError(f"reward {name!r}: the option {parameter.name!r} must be given")
 
 
 def score(
@@ -89,22 +156,37 @@ def score(
     prompts: list[str],
     metadata: list[dict[str, Any]] | None,
     keep_folder: Path | None,
+    frames: int = 1,
 ) -> Tensor:
     """Ask a reward and check its answer: float32 [N] on the images' device.
+
+    A video's score is the mean over some of its frames, each scored as an image.
 
     Args:
         name: the reward's name in error messages.
         reward: the reward.
-        images: float [N, 3, H, W] in [0, 1].
+        images: float [N, 3, H, W] in [0, 1], or videos [N, all frames, 3, H, W].
         prompts: one per image.
         metadata: one dict per image, or None.
         keep_folder: where the images and prompts of a failed batch are saved, if anywhere.
+        frames: of a video, evenly spaced, that are asked about.
 
     Raises:
         RewardError: the reward raised, or did not return N finite numbers. The message names the
             reward, the prompt and the value, and where the images are.
     """
     import torch
+
+    if images.dim() == 5:
+        chosen = evenly_spaced(images.shape[1], frames)
+        repeated = [prompt for prompt in prompts for _ in chosen]
+        each = None if metadata is None else [one for one in metadata for _ in chosen]
+        flat = images[:, chosen].flatten(0, 1)
+        values = score(name, reward, flat, repeated, each, keep_folder)
+        return values.view(len(images), len(chosen)).mean(1)
+
+    # As any picture file has them, so that a reward says the same here, on a server and on a file.
+    images = (images.float() * 255).round().clamp(0, 255) / images.new_tensor(255.0).float()
 
     def failure(problem: str) -> RewardError:
         kept = _keep(name, images, prompts, keep_folder) if keep_folder else "were not kept"
@@ -135,6 +217,12 @@ def score(
             f"(image {faults[0]} of {len(images)}; {len(faults)} of the values are not finite)"
         )
     return scores
+
+
+def evenly_spaced(available: int, count: int) -> list[int]:
+    """Indices of so many frames (all, where there are fewer), from the middles of equal parts."""
+    count = min(count, available)
+    return [(2 * number + 1) * available // (2 * count) for number in range(count)]
 
 
 def _shortened(value: object) -> str:

@@ -1,0 +1,158 @@
+"""FLUX.1: a rectified flow on a transformer of packed latents, with distilled guidance or none."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift
+from torch import Tensor, nn
+
+from treegrpo.models.folder import ModelError
+from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling, flow_levels
+from treegrpo.transition import Schedule
+
+# The pipeline's own; no configuration holds them.
+_DEFAULT_SIZE_IN_LATENTS = 128
+_LONGEST_PROMPT = 512
+
+
+class Flux(Policy):
+    """`FluxPipeline`: FLUX.1-dev, whose network is told its guidance, and FLUX.1-schnell, which
+    takes none."""
+
+    pipeline_name: ClassVar = "FluxPipeline"
+    defaults: ClassVar = Sampling(steps=28, guidance_scale=3.5, max_sequence_length=_LONGEST_PROMPT)
+    guidance_is_embedded: ClassVar = True
+    lora_targets: ClassVar = (
+        "attn.add_k_proj",
+        "attn.add_q_proj",
+        "attn.add_v_proj",
+        "attn.to_add_out",
+        "attn.to_k",
+        "attn.to_out.0",
+        "attn.to_q",
+        "attn.to_v",
+        "ff.net.0.proj",
+        "ff.net.2",
+        "ff_context.net.0.proj",
+        "ff_context.net.2",
+    )
+
+    @classmethod
+    def default_size(cls, configs: Configs) -> tuple[int, int]:
+        size = _DEFAULT_SIZE_IN_LATENTS * _scale(configs)
+        return size, size
+
+    @classmethod
+    def size_multiple(cls, configs: Configs) -> int:
+        return 2 * _scale(configs)  # 2x2 latents are packed into one token
+
+    @classmethod
+    def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
+        super().check_sampling(sampling, configs)
+        check_prompt_length(sampling, _LONGEST_PROMPT)
+        scale = sampling.guidance_scale
+        if not _takes_guidance(configs) and scale > 1 and scale != cls.defaults.guidance_scale:
+            raise ModelError(
+                f"model.guidance_scale: got {scale:g}; must be null: this checkpoint is "
+                "timestep-distilled (as FLUX.1-schnell) and takes none"
+            )
+        if sampling.negative_prompt:
+            raise ModelError(
+                f"model.negative_prompt: got {sampling.negative_prompt!r}; must be empty: "
+                f"{cls.pipeline_name} samples without classifier-free guidance"
+            )
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        height, width = self._size_in_tokens
+        return height * width, self.configs["transformer"]["in_channels"]
+
+    @property
+    def _size_in_tokens(self) -> tuple[int, int]:
+        multiple = self.size_multiple(self.configs)
+        height, width = self.sampling.size
+        return height // multiple, width // multiple
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        network = self.configs["transformer"]
+        return {
+            "embeddings": (self.sampling.max_sequence_length or 0, network["joint_attention_dim"]),
+            "pooled": (network["pooled_projection_dim"],),
+        }
+
+    def encode_prompts(self, pipeline: Any, prompts: list[str]) -> Conditioning:
+        embeddings, pooled, _ = pipeline.encode_prompt(
+            prompts, device=self.device, max_sequence_length=self.sampling.max_sequence_length
+        )
+        return {"embeddings": embeddings, "pooled": pooled}
+
+    def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
+        return shifted_levels(self.scheduler, steps, self.latent_shape[0])
+
+    @cached_property
+    def _image_ids(self) -> Tensor:
+        """[tokens, 3]: where each token is in the image."""
+        ids: Tensor = FluxPipeline._prepare_latent_image_ids(
+            1, *self._size_in_tokens, self.device, torch.float32
+        )
+        return ids
+
+    def forward(
+        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        embeddings = conditioning["embeddings"]
+        guidance = torch.full_like(timestep, self.sampling.guidance_scale)
+        output: Tensor = network(
+            hidden_states=x,
+            timestep=timestep / 1000,
+            guidance=guidance if _takes_guidance(self.configs) else None,
+            encoder_hidden_states=embeddings,
+            pooled_projections=conditioning["pooled"],
+            txt_ids=torch.zeros(embeddings.shape[1], 3, device=x.device),
+            img_ids=self._image_ids,
+            return_dict=False,
+        )[0]
+        return output
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        latents = FluxPipeline._unpack_latents(latents, *self.sampling.size, _scale(self.configs))
+        config = self.vae.config
+        latents = latents / config.scaling_factor + config.shift_factor
+        images: Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
+        return images
+
+
+def shifted_levels(scheduler: Any, steps: int, tokens: int) -> tuple[Schedule, list[float]]:
+    """Evenly spaced noise levels, shifted towards noise by the image's number of tokens where the
+    scheduler says so: FLUX.1's, and those of models that followed."""
+    config = scheduler.config
+    shift = calculate_shift(
+        tokens,
+        config.get("base_image_seq_len", 256),
+        config.get("max_image_seq_len", 4096),
+        config.get("base_shift", 0.5),
+        config.get("max_shift", 1.15),
+    )
+    sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
+    return flow_levels(scheduler, steps, sigmas, mu=shift)
+
+
+def check_prompt_length(sampling: Sampling, longest: int) -> None:
+    """Refuse a prompt length beyond the pipeline's own limit (raises ModelError)."""
+    if (sampling.max_sequence_length or 0) > longest:
+        raise ModelError(
+            f"model.max_sequence_length: got {sampling.max_sequence_length}; must be at most "
+            f"{longest}"
+        )
+
+
+def _takes_guidance(configs: Configs) -> bool:
+    return bool(configs["transformer"].get("guidance_embeds", False))
+
+
+def _scale(configs: Configs) -> int:
+    """Pixels per latent, in each direction."""
+    return int(2 ** (len(configs["vae"]["block_out_channels"]) - 1))

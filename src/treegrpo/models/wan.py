@@ -1,0 +1,102 @@
+"""Wan 2.1 text to video: a rectified flow on a space-time transformer, prompted by UMT5."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from treegrpo.models.folder import ModelError
+from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling, flow_levels
+from treegrpo.transition import Schedule
+
+
+class Wan(Policy):
+    """`WanPipeline` with one network; with `frames` 1 it makes images (videos of one frame)."""
+
+    pipeline_name: ClassVar = "WanPipeline"
+    defaults: ClassVar = Sampling(
+        steps=50, guidance_scale=5.0, height=480, width=832, frames=81, max_sequence_length=512
+    )
+    lora_targets: ClassVar = ("to_k", "to_out.0", "to_q", "to_v")  # Flow-GRPO's
+
+    @classmethod
+    def default_size(cls, configs: Configs) -> tuple[int, int]:
+        return cls.defaults.size
+
+    @classmethod
+    def size_multiple(cls, configs: Configs) -> int:
+        return _scale(configs) * int(configs["transformer"]["patch_size"][1])
+
+    @classmethod
+    def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
+        frames, multiple = sampling.frames or 0, _time_scale(configs)
+        if frames < 1 or (frames - 1) % multiple:
+            below = max(frames - 1, 0) // multiple * multiple + 1
+            raise ModelError(
+                f"model.frames: got {sampling.frames}; must be one more than a multiple of "
+                f"{multiple} (the decoder's factor in time), such as {below} or {below + multiple}"
+            )
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        assert self.sampling.frames is not None
+        height, width = self.sampling.size
+        scale = _scale(self.configs)
+        return (
+            self.configs["transformer"]["in_channels"],
+            (self.sampling.frames - 1) // _time_scale(self.configs) + 1,
+            height // scale,
+            width // scale,
+        )
+
+    def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        tokens = self.sampling.max_sequence_length or 0
+        return {"embeddings": (tokens, self.configs["transformer"]["text_dim"])}
+
+    def encode_prompts(self, pipeline: Any, prompts: list[str]) -> Conditioning:
+        embeddings, _ = pipeline.encode_prompt(
+            prompts,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.sampling.max_sequence_length,
+            device=self.device,
+        )
+        return {"embeddings": embeddings}
+
+    def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
+        return flow_levels(self.scheduler, steps)
+
+    def forward(
+        self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        output: Tensor = network(
+            hidden_states=x,
+            timestep=timestep,
+            encoder_hidden_states=conditioning["embeddings"],
+            return_dict=False,
+        )[0]
+        return output
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        config = self.vae.config
+        mean, std = (
+            torch.tensor(values, device=latents.device).view(-1, 1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        latents = (latents * std + mean).to(self.vae.dtype)
+        videos: Tensor = self.vae.decode(latents, return_dict=False)[0]
+        return videos.transpose(1, 2)
+
+
+# Wan 2.1's decoder configurations leave these two out: the class's defaults.
+
+
+def _scale(configs: Configs) -> int:
+    """Pixels per latent, in height and in width."""
+    return int(configs["vae"].get("scale_factor_spatial", 8))
+
+
+def _time_scale(configs: Configs) -> int:
+    """Frames per latent."""
+    return int(configs["vae"].get("scale_factor_temporal", 4))

@@ -1,0 +1,450 @@
+"""What `treegrpo evaluate` reports: a model beside its base, as a table, as JSON and as a page.
+
+Both models draw every prompt from the same noises, so their scores come in pairs. The page is one
+HTML file with its images inside; it loads nothing.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from html import escape
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.table import Table
+from torch import Tensor
+
+from treegrpo.checkpoint import write_atomically
+from treegrpo.report import style
+
+BASE, TRAINED = "base", "trained"
+
+# The r_max of normalized scores: TreeGRPO's (arXiv 2512.08153, figure 1), then those of shares.
+BEST_SCORES = {
+    "hpsv2": 1.0,
+    "image_reward": 2.0,
+    "aesthetic": 10.0,
+    "clip_score": 1.0,
+    **dict.fromkeys(("composition", "composition_accuracy", "geneval", "ocr", "vlm_judge"), 1.0),
+}
+
+PICTURED_PROMPTS = 64
+PICTURED_PAIRS = 2
+"""Of one prompt."""
+_THUMBNAIL = 384
+"""Pixels of a picture's longer side in the page, at most."""
+_PIXELATED = 128
+"""Pictures up to this size stay lossless and are enlarged without smoothing."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one reward.
+
+    Standard errors are over prompts, since images of one prompt are not independent; with a single
+    prompt they are None. Without a base, all that compares is None.
+
+    Attributes:
+        mean, base_mean: over prompts and noises.
+        difference: trained minus base; its error is that of the prompts' differences.
+        win_rate: share of pairs in which the trained model scores higher; ties count half.
+        normalized_score: (mean - base_mean) / (best score - base_mean), where the best is known.
+    """
+
+    mean: float
+    standard_error: float | None
+    base_mean: float | None = None
+    base_standard_error: float | None = None
+    difference: float | None = None
+    difference_standard_error: float | None = None
+    win_rate: float | None = None
+    win_rate_standard_error: float | None = None
+    normalized_score: float | None = None
+
+
+def figures(trained: Tensor, base: Tensor | None, best: float | None = None) -> Figures:
+    """Compare scores [prompts, noises].
+
+    Args:
+        best: the highest score there is, for the normalized score.
+    """
+    mean, error = _mean_and_error(trained)
+    if base is None:
+        return Figures(mean, error)
+    base_mean, base_error = _mean_and_error(base)
+    wins = (trained > base).double() + 0.5 * (trained == base).double()
+    normalized = None
+    if best is not None and base_mean < best:
+        normalized = (mean - base_mean) / (best - base_mean)
+    return Figures(
+        mean,
+        error,
+        base_mean,
+        base_error,
+        *_mean_and_error(trained - base),
+        *_mean_and_error(wins),
+        normalized,
+    )
+
+
+def _mean_and_error(values: Tensor) -> tuple[float, float | None]:
+    means = values.double().mean(1)
+    error = (means.std() / len(means) ** 0.5).item() if len(means) > 1 else None
+    return means.mean().item(), error
+
+
+@dataclass
+class Comparison:
+    """Scores of a model, and of its base if it has one; they fill up while they are measured.
+
+    Attributes:
+        model, base: as the user names them.
+        prompts: P texts.
+        settings: how the images are made; for JSON.
+        scores: reward to model (`BASE`, `TRAINED`) to float64 [P, noises]; not yet scored is NaN.
+        failures: reward to what went wrong.
+    """
+
+    model: str
+    base: str | None
+    prompts: tuple[str, ...]
+    settings: Mapping[str, Any]
+    scores: dict[str, dict[str, Tensor]]
+    failures: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def empty(
+        cls,
+        model: str,
+        base: str | None,
+        prompts: Sequence[str],
+        rewards: Sequence[str],
+        noises: int,
+        settings: Mapping[str, Any],
+    ) -> Comparison:
+        shape, roles = (len(prompts), noises), [TRAINED] if base is None else [BASE, TRAINED]
+        scores = {
+            reward: {role: torch.full(shape, torch.nan, dtype=torch.float64) for role in roles}
+            for reward in rewards
+        }
+        return cls(model, base, tuple(prompts), settings, scores)
+
+    @property
+    def roles(self) -> list[str]:
+        """The models that are scored, in that order."""
+        return [TRAINED] if self.base is None else [BASE, TRAINED]
+
+    def figures(self) -> dict[str, Figures]:
+        """Of the rewards that have scored every image."""
+        return {
+            reward: figures(models[TRAINED], models.get(BASE), BEST_SCORES.get(reward))
+            for reward, models in self.scores.items()
+            if all(scores.isfinite().all() for scores in models.values())
+        }
+
+
+def versions() -> dict[str, str]:
+    packages = ("treegrpo", "torch", "diffusers", "transformers", "peft")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+# --- table and JSON ---
+
+
+def table(comparison: Comparison) -> Table:
+    """For the terminal."""
+    header, *rows = _rows(comparison)
+    result = Table(
+        *header, caption=_explanation(comparison), caption_justify="left", caption_style="dim"
+    )
+    for column in result.columns[1:]:
+        column.justify = "right"
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def _rows(comparison: Comparison) -> list[list[str]]:
+    compared = comparison.base is not None
+    header = [BASE, TRAINED, "difference", "win rate", "normalized"] if compared else ["mean"]
+    rows = [["reward", *header]]
+    for reward, found in comparison.figures().items():
+        cells = [_with_error(found.mean, found.standard_error)]
+        if compared:
+            cells = [
+                _with_error(found.base_mean, found.base_standard_error),
+                *cells,
+                _with_error(found.difference, found.difference_standard_error, sign="+"),
+                f"{found.win_rate:.1%}",
+                "" if found.normalized_score is None else f"{found.normalized_score:+.3f}",
+            ]
+        rows.append([reward, *cells])
+    return rows
+
+
+def _with_error(value: float | None, error: float | None, sign: str = "-") -> str:
+    return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+def _explanation(comparison: Comparison) -> str:
+    prompts, noises = next(iter(comparison.scores.values()))[TRAINED].shape
+    images = f"{prompts} prompts x {noises} images; ± standard error over prompts."
+    if comparison.base is None:
+        return images
+    return (
+        f"{images} Both models start from the same noises. Win rate: pairs in which the trained "
+        "model scores higher, ties half. Normalized: 0 is the base, 1 the highest score there is."
+    )
+
+
+def to_json(comparison: Comparison) -> str:
+    """Everything: figures by reward, and each prompt's scores (null: not scored).
+
+    A prompt's scores stand in the order of the seeds, those of one seed side by side.
+    """
+    found = comparison.figures()
+    values = {
+        reward: {
+            role: [[None if score != score else score for score in row] for row in scores.tolist()]
+            for role, scores in models.items()
+        }
+        for reward, models in comparison.scores.items()
+    }
+    summary = {
+        "model": comparison.model,
+        "base": comparison.base,
+        "prompts": len(comparison.prompts),
+        **comparison.settings,
+        "complete": len(found) == len(comparison.scores),
+        "failures": comparison.failures,
+        "rewards": {reward: asdict(one) for reward, one in found.items()},
+        "per_prompt": [
+            {
+                "prompt": prompt,
+                "scores": {
+                    reward: {role: rows[index] for role, rows in models.items()}
+                    for reward, models in values.items()
+                },
+            }
+            for index, prompt in enumerate(comparison.prompts)
+        ],
+    }
+    return json.dumps(summary, indent=2, ensure_ascii=False) + "\n"
+
+
+# --- page ---
+
+# Prompt index to model to images.
+Pictures = dict[int, dict[str, list[str]]]
+
+
+def pictured(prompts: int) -> list[int]:
+    """Indices of the prompts that a page shows: all, or evenly spread over the list."""
+    count = min(PICTURED_PROMPTS, prompts)
+    return [(2 * number + 1) * prompts // (2 * count) for number in range(count)]
+
+
+def thumbnail(image: Tensor) -> str:
+    """float [3, H, W] in [0, 1] as a data URI."""
+    pixels = (image.detach().float() * 255).round().clamp(0, 255).byte().permute(1, 2, 0)
+    picture, file = Image.fromarray(pixels.cpu().numpy()), io.BytesIO()
+    kind = "png" if max(picture.size) <= _PIXELATED else "jpeg"
+    picture.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
+    picture.save(file, format=kind, quality=85)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+
+def write_page(path: Path, comparison: Comparison, pictures: Pictures) -> None:
+    """Write the HTML file.
+
+    Args:
+        pictures: of `pictured` prompts, each with as many of every model.
+    """
+    title = f"{comparison.model} against {comparison.base}" if comparison.base else comparison.model
+    rewards = list(comparison.figures())
+    cards = "\n".join(
+        _card(comparison, rewards, index, images) for index, images in pictures.items()
+    )
+    page = f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(title)}</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>{escape(title)}</h1>
+{_summary(comparison)}
+{_controls(comparison, rewards, len(pictures))}
+<main id="prompts">
+{cards}
+</main>
+<h2>How it was made</h2>
+{_making(comparison)}
+<script>{_SCRIPT}</script>
+</body>
+</html>
+"""
+    write_atomically(path, page)
+
+
+def _summary(comparison: Comparison) -> str:
+    header, *rows = ([escape(cell) for cell in row] for row in _rows(comparison))
+    found = comparison.figures().values()
+    lines = [_line("th", header)]
+    for row, one in zip(rows, found, strict=True):
+        if one.difference is not None:
+            # Within two standard errors a difference may well be chance.
+            chance = 2 * (one.difference_standard_error or 0.0)
+            row[3] = _colored(row[3], one.difference, chance)
+        lines.append(_line("td", row))
+    failures = "".join(
+        f'<p class="bad">{escape(reward)} is left out: {escape(message)}</p>'
+        for reward, message in comparison.failures.items()
+    )
+    return (
+        f'<table class="summary">{"".join(lines)}</table>\n'
+        f'<p class="muted">{escape(_explanation(comparison))}</p>{failures}'
+    )
+
+
+def _line(tag: str, cells: Sequence[str]) -> str:
+    return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+
+def _colored(text: str, difference: float, chance: float = 0.0) -> str:
+    if abs(difference) <= chance:
+        return text
+    return f'<span class="{"good" if difference > 0 else "bad"}">{text}</span>'
+
+
+def _controls(comparison: Comparison, rewards: Sequence[str], shown: int) -> str:
+    total = len(comparison.prompts)
+    note = f"{total} prompts" if shown == total else f"{shown} of {total} prompts, evenly spread"
+    what = "difference" if comparison.base else "score"
+    kinds = {"all": "all prompts"}
+    if comparison.base:
+        kinds |= {"better": "where trained is better", "worse": "where trained is worse"}
+    choices = {
+        "reward": {str(number): reward for number, reward in enumerate(rewards)},
+        "order": {"0": "as listed", "-1": f"highest {what} first", "1": f"lowest {what} first"},
+        "kind": kinds,
+    }
+    selects = "\n".join(
+        f'<select id="{name}" aria-label="{name}">'
+        + "".join(f'<option value="{value}">{escape(text)}</option>' for value, text in of.items())
+        + "</select>"
+        for name, of in choices.items()
+        if len(of) > 1
+    )
+    return f'<form class="controls">{selects}<span class="muted">{note}</span></form>'
+
+
+def _card(
+    comparison: Comparison, rewards: Sequence[str], index: int, images: Mapping[str, list[str]]
+) -> str:
+    scores = {
+        reward: {role: values[index].tolist() for role, values in comparison.scores[reward].items()}
+        for reward in rewards
+    }
+
+    def mean(values: list[float]) -> float:
+        return sum(values) / len(values)
+
+    keys = [mean(of[TRAINED]) - (mean(of[BASE]) if BASE in of else 0.0) for of in scores.values()]
+    prompt, roles = escape(comparison.prompts[index]), comparison.roles
+    pairs = []
+    for number in range(len(images[TRAINED])):
+        picture_cells = [
+            f'<img src="{images[role][number]}" alt="{role}: {prompt}" loading="lazy">'
+            for role in roles
+        ]
+        lines = [_line("th", ["", *roles, ""]), _line("td", ["", *picture_cells, ""])]
+        for reward, of in scores.items():
+            difference = of[TRAINED][number] - of[BASE][number] if BASE in of else None
+            values = [f"{of[role][number]:.4f}" for role in roles]
+            last = "" if difference is None else _colored(f"{difference:+.4f}", difference)
+            lines.append(_line("td", [escape(reward), *values, last]))
+        pairs.append(f"<table>{''.join(lines)}</table>")
+    return (
+        f'<article data-index="{index}" data-keys="{json.dumps(keys)}"><h3>{prompt}</h3>'
+        f"{''.join(pairs)}</article>"
+    )
+
+
+def _making(comparison: Comparison) -> str:
+    entries: dict[str, Any] = {
+        "model": comparison.model,
+        "base": comparison.base or "none",
+        "prompts": len(comparison.prompts),
+        **comparison.settings,
+    }
+    lines = []
+    for name, value in entries.items():
+        if isinstance(value, Mapping):
+            value = ", ".join(f"{key} {of if of != '' else 'none'}" for key, of in value.items())
+        if value != "":
+            lines.append(_line("td", [escape(name.replace("_", " ")), escape(str(value))]))
+    return f'<table class="making">{"".join(lines)}</table>'
+
+
+_STYLE = f"""
+body {{ margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: {style.INK};
+  background: {style.PAPER}; font: 15px/1.45 system-ui, sans-serif; color-scheme: light; }}
+h1 {{ font-size: 1.4rem; overflow-wrap: anywhere; }}
+h2 {{ font-size: 1.1rem; margin-top: 2.5rem; }}
+h3 {{ font-size: 1rem; font-weight: 600; margin: 0 0 .5rem; overflow-wrap: anywhere; }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
+th {{ font-weight: 600; }}
+td, th {{ padding: .15rem .7rem .15rem 0; text-align: right; }}
+td:first-child, th:first-child, .making td {{ text-align: left; vertical-align: top; }}
+.summary td, .summary th {{ padding: .35rem 1.5rem .35rem 0;
+  border-bottom: 1px solid {style.RULE}; }}
+.making td:first-child {{ color: {style.MUTED}; padding-right: 1.5rem; }}
+.making td {{ overflow-wrap: anywhere; }}
+.muted {{ color: {style.MUTED}; }}
+.good {{ color: {style.GOOD}; }}
+.bad {{ color: {style.BAD}; }}
+.controls {{ display: flex; flex-wrap: wrap; gap: .75rem; align-items: center; padding: .6rem 0;
+  position: sticky; top: 0; background: {style.PAPER}; }}
+select {{ font: inherit; padding: .2rem .4rem; }}
+#prompts {{ display: grid; gap: 1.25rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(34rem, 100%), 1fr)); }}
+article {{ border: 1px solid {style.RULE}; border-radius: .5rem; padding: 1rem; min-width: 0; }}
+article[hidden] {{ display: none; }}
+article table {{ width: 100%; table-layout: fixed; font-size: .85rem; margin-bottom: .75rem; }}
+article td, article th {{ padding: .1rem .4rem; overflow-wrap: anywhere; }}
+article th {{ color: {style.MUTED}; text-align: center; }}
+article td:nth-child(2), article td:nth-child(3) {{ text-align: center; }}
+article td:first-child {{ padding-left: 0; width: 18%; }}
+article tr:first-child > :first-child {{ width: 19%; }}
+article tr:first-child > :last-child {{ width: 13%; }}
+img {{ width: 100%; max-width: {_THUMBNAIL}px; border-radius: .4rem; display: block;
+  margin: auto; }}
+img[src^="data:image/png"] {{ image-rendering: pixelated; }}
+"""
+
+_SCRIPT = """
+const list = document.getElementById("prompts"), cards = [...list.children];
+const chosen = name => document.getElementById(name)?.value;
+function arrange() {
+  const reward = +(chosen("reward") ?? 0), order = +chosen("order"), kind = chosen("kind");
+  const key = card => JSON.parse(card.dataset.keys)[reward];
+  cards.sort((a, b) => order * (key(a) - key(b)) || a.dataset.index - b.dataset.index);
+  for (const card of cards) {
+    card.hidden = kind === "better" && !(key(card) > 0) || kind === "worse" && !(key(card) < 0);
+    list.append(card);
+  }
+}
+document.querySelector(".controls").addEventListener("change", arrange);
+arrange();
+"""

@@ -1,0 +1,102 @@
+"""The model card of an exported model: from what, on what and how it was trained, the figures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from treegrpo import __version__
+from treegrpo.config import Config, to_yaml
+from treegrpo.models.policy import Policy
+from treegrpo.report.run import TrainingResult
+
+_PAPERS = {
+    "tree_grpo": "[TreeGRPO](https://arxiv.org/abs/2512.08153)",
+    "flow_grpo": "[Flow-GRPO](https://arxiv.org/abs/2505.05470)",
+    "dance_grpo": "[DanceGRPO](https://arxiv.org/abs/2505.07818)",
+    "mix_grpo": "[MixGRPO](https://arxiv.org/abs/2507.21802)",
+    "branch_grpo": "[BranchGRPO](https://arxiv.org/abs/2509.06040)",
+    "ddpo": "[DDPO](https://arxiv.org/abs/2305.13301)",
+}
+
+
+def write_model_card(folder: Path, config: Config, policy: Policy, result: TrainingResult) -> None:
+    """README.md, with the header that model hubs read."""
+    uses_lora, base = config.model.lora_rank > 0, config.model.path
+    on_hub = not Path(base).expanduser().exists() and "/" in base
+    header = ["library_name: diffusers", "tags: [treegrpo, reinforcement-learning]"]
+    if on_hub:
+        relation = "adapter" if uses_lora else "finetune"
+        header += [f"base_model: {base}", f"base_model_relation: {relation}"]
+    rows = [
+        f"| {name} | {result.before[name]:.4f} | {result.after[name]:.4f} |"
+        for name in result.before
+    ]
+    rewards = ", ".join(
+        f"{reward.key} (weight {reward.weight:g})" if reward.weight else f"{reward.key} (watched)"
+        for reward in config.rewards
+    )
+    kind = f"LoRA weights of rank {config.model.lora_rank}" if uses_lora else "all weights"
+    text = f"""---
+{chr(10).join(header)}
+---
+
+# {Path(base).name} trained with {config.rollout.method}
+
+Made with treegrpo {__version__}.
+
+| | |
+|---|---|
+| base model | `{base}` ({policy.pipeline_name}) |
+| method | {_PAPERS[config.rollout.method]}, {result.iterations} iterations |
+| trained | {kind} |
+| rewards | {rewards} |
+| prompts | `{config.prompts.train}` |
+| cost | {result.seconds / 3600:.2f} hours, {result.rollout_forwards:,} forwards to sample, \
+{result.update_forwards:,} to update |
+
+Means on held-out prompts, sampled deterministically from the same noises:
+
+| reward | before | after |
+|---|---|---|
+{chr(10).join(rows)}
+
+## Use
+
+```python
+{_usage(config, policy)}
+```
+
+## Configuration
+
+```yaml
+{to_yaml(config).rstrip()}
+```
+"""
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _usage(config: Config, policy: Policy) -> str:
+    uses_lora, sampling = config.model.lora_rank > 0, policy.sampling
+    source = config.model.path if uses_lora else "THIS_FOLDER"
+    absent = [name for name, value in policy.index.items() if _is_absent(value)]
+    arguments = "".join(f", {name}=None" for name in absent)
+    lines = [
+        "from diffusers import DiffusionPipeline",
+        "",
+        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(source)}{arguments})",
+    ]
+    if uses_lora:
+        lines.append('pipeline.load_lora_weights("THIS_FOLDER")')
+    settings = {
+        "num_inference_steps": sampling.steps,
+        "guidance_scale": sampling.guidance_scale,
+        "height": sampling.height,
+        "width": sampling.width,
+    }
+    given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
+    return "\n".join([*lines, f'result = pipeline("a prompt", {given})'])
+
+
+def _is_absent(value: object) -> bool:
+    return isinstance(value, list) and value[0] is None

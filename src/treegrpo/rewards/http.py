@@ -1,0 +1,323 @@
+"""Asking a server: JSON in and out, several requests at once, patience while it is away.
+
+What may pass (no connection, silence, HTTP 429, 500, 502, 503, 504) is tried again after waits that
+double, up to a limit. What will not (a refused token, an unknown address, an answer that makes no
+sense) is an error at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx2
+
+from treegrpo.errors import UserError
+
+FIRST_WAIT = 0.5  # seconds; doubles with every attempt
+LONGEST_WAIT = 15.0
+CONNECT_SECONDS = 10.0  # a host that is down may not even refuse
+PASSING = {429, 500, 502, 503, 504}
+NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
+# A server that answers 500 is there, and its fault is often the same each time.
+ATTEMPTS_AT_500 = 5
+# Rate limits are everyday; they are worth a line where they hold up a request for so long.
+BUSY_SECONDS = 10.0
+
+_log = logging.getLogger(__name__)
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+class ServerError(RuntimeError):
+    """A server gave no answer for too long, refused, or answered nonsense."""
+
+
+@dataclass(frozen=True)
+class _Fault:
+    """Why an attempt failed where another may succeed."""
+
+    text: str
+    status: int | None = None
+    retry_after: float = 0.0
+
+
+class Endpoint:
+    """One server, asked from several threads at once.
+
+    Args:
+        kind: what it is in messages, such as "reward server".
+        url: where; paths are appended.
+        headers: sent with every request. Not for secrets: a configuration holds them.
+        token_env: the environment variable with a secret, sent as `Authorization: Bearer`.
+        timeout_seconds: of silence, after which an attempt has failed.
+        give_up_after_seconds: after a request's first failure no attempt begins later than this.
+        concurrency: requests at once.
+
+    Raises:
+        UserError: names the option that cannot be used.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        url: str,
+        *,
+        headers: Mapping[str, str] | None,
+        token_env: str | None,
+        timeout_seconds: float,
+        give_up_after_seconds: float,
+        concurrency: int,
+    ) -> None:
+        check_number("timeout_seconds", timeout_seconds, above=0)
+        check_number("give_up_after_seconds", give_up_after_seconds, minimum=0)
+        check_number("concurrency", concurrency, minimum=1, whole=True)
+        self.kind = kind
+        self.url = _checked_url(url)
+        self._give_up_after = give_up_after_seconds
+        self._token = None if token_env is None else read_token(token_env)
+        sent = _checked_headers(headers or {})
+        if self._token is not None:
+            sent["Authorization"] = f"Bearer {self._token}"
+        self._client = httpx2.Client(
+            headers=sent,
+            timeout=httpx2.Timeout(timeout_seconds, connect=min(timeout_seconds, CONNECT_SECONDS)),
+            limits=httpx2.Limits(max_keepalive_connections=concurrency),
+        )
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="reward-requests")
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        self._waiting: set[int] = set()  # threads whose request the server does not answer
+        self._outage_start = 0.0
+
+    def map(self, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
+        """`function` of every item, several at once; the first failure ends it."""
+        futures = [self._pool.submit(function, item) for item in items]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def close(self) -> None:
+        """Let requests that wait for the server fail now, so that the process can end."""
+        self._closed.set()
+
+    def request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        """Send a request, with patience, and return the JSON object that answers it.
+
+        Raises:
+            ServerError: names the address and what was wrong.
+        """
+        address = self.url + path
+        content = None if body is None else json.dumps(body, allow_nan=False).encode()
+        attempts = failures_500 = 0
+        since = 0.0
+        answered = False
+        try:
+            while True:
+                if self._closed.is_set():
+                    raise ServerError(f"{self.kind} {self.url}: no longer asked, it was closed")
+                answer = self._attempt(method, address, content)
+                if not isinstance(answer, _Fault):
+                    answered = True
+                    return answer
+                attempts += 1
+                now = time.monotonic()
+                since = since or now
+                failures_500 = failures_500 + 1 if answer.status == 500 else 0
+                left = self._give_up_after - (now - since)
+                if failures_500 == ATTEMPTS_AT_500:
+                    raise ServerError(f"{answer.text} (the last of {attempts} attempts)")
+                if left <= 0:
+                    raise ServerError(
+                        f"{self.kind} {self.url} did not answer for {now - since:.0f} s "
+                        f"({attempts} attempts); last fault: {answer.text}"
+                    )
+                if answer.status != 429 or now - since >= BUSY_SECONDS:
+                    self._announce(answer.text, left)
+                # Beyond 2**20 the power only overflows.
+                wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** min(attempts - 1, 20))
+                self._closed.wait(min(left, max(wait, answer.retry_after)))
+        finally:
+            self._end_of_wait(answered)
+
+    def _attempt(self, method: str, address: str, content: bytes | None) -> dict[str, Any] | _Fault:
+        headers = {} if content is None else {"Content-Type": "application/json"}
+        what = f"{method} {address}"
+        try:
+            response = self._client.request(method, address, content=content, headers=headers)
+        except (
+            httpx2.TimeoutException,
+            httpx2.NetworkError,
+            httpx2.RemoteProtocolError,
+            httpx2.ProxyError,
+        ) as error:
+            text = f"{what}: {type(error).__name__}: {self._shown(str(error))}"
+            if _is_encryption_fault(error):
+                raise ServerError(text) from error
+            return _Fault(text)
+        except httpx2.RequestError as error:
+            raise ServerError(
+                f"{what}: {type(error).__name__}: {self._shown(str(error))}"
+            ) from error
+        try:
+            answer = json.loads(response.content)
+        except ValueError:
+            answer = None
+        status = response.status_code
+        if status != 200 or (isinstance(answer, dict) and answer.get("error")):
+            text = f"{what} answered HTTP {status}: {self._shown(_reason(answer, response.text))}"
+            if status in PASSING:
+                return _Fault(text, status, _retry_after(response.headers.get("Retry-After")))
+            if status in (401, 403) and self._token is None:
+                text += " (token_env names the environment variable with a token)"
+            if 300 <= status < 400:
+                text += f" (redirected to {response.headers.get('Location')})"
+            raise ServerError(text)
+        if not isinstance(answer, dict):
+            raise ServerError(
+                f"{what} answered no JSON object: {self._shown(response.text or '(nothing)')}"
+            )
+        return answer
+
+    def _announce(self, fault: str, left: float) -> None:
+        """Say once per outage that requests wait."""
+        with self._lock:
+            if not self._waiting:
+                self._outage_start = time.monotonic()
+                _log.warning(
+                    "%s %s does not answer, retrying for up to %.0f s (%s)",
+                    self.kind,
+                    self.url,
+                    left,
+                    fault,
+                )
+            self._waiting.add(threading.get_ident())
+
+    def _end_of_wait(self, answered: bool) -> None:
+        with self._lock:
+            if threading.get_ident() not in self._waiting:
+                return
+            self._waiting.remove(threading.get_ident())
+            if answered and not self._waiting:
+                seconds = time.monotonic() - self._outage_start
+                _log.warning("%s %s answers again after %.0f s", self.kind, self.url, seconds)
+
+    def _shown(self, text: str) -> str:
+        """An excerpt on one line, without the token, which some servers echo."""
+        if self._token is not None:
+            text = text.replace(self._token, "***")
+        text = " ".join(text.split())
+        return text if len(text) <= 600 else text[:597] + "..."
+
+
+def check_number(
+    option: str,
+    value: object,
+    *,
+    minimum: float | None = None,
+    above: float | None = None,
+    whole: bool = False,
+) -> None:
+    """Refuse an option that is not a number in its range.
+
+    Raises:
+        UserError: names the option, the value and the range.
+    """
+    allowed = "a whole number" if whole else "a number"
+    kinds = (int,) if whole else (int, float)
+    fits = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < float("inf")
+    if minimum is not None:
+        allowed += f" of at least {minimum}"
+        fits = fits and value >= minimum  # type: ignore[operator]
+    if above is not None:
+        allowed += f" greater than {above}"
+        fits = fits and value > above  # type: ignore[operator]
+    if not fits:
+        raise UserError(f"option {option}: got {value!r}; must be {allowed}")
+
+
+def read_token(variable: str) -> str:
+    """A secret from an environment variable; no message shows it.
+
+    Raises:
+        UserError: the variable is not set, or cannot be sent in a header.
+    """
+    token = os.environ.get(variable, "").strip()
+    if not token:
+        raise UserError(f"option token_env: the environment variable {variable} is not set")
+    if not re.fullmatch(r"[!-~]+", token):
+        raise UserError(
+            f"option token_env: the value of {variable} must be printable ASCII without spaces"
+        )
+    return token
+
+
+def _checked_url(url: str) -> str:
+    if not isinstance(url, str):
+        raise UserError(f"option url: got {url!r}; must be a string")
+    if re.match(r"[^/]*//[^/]*@", url):
+        raise UserError(
+            "option url: it holds a user name or password, which would be written into the run's "
+            "folder; put a token into an environment variable and name it in token_env"
+        )
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+        httpx2.URL(url)
+    except (ValueError, httpx2.InvalidURL) as error:
+        raise UserError(f"option url: got {url!r}, which is no address ({error})") from error
+    if not usable or parts.query or parts.fragment:
+        raise UserError(f"option url: got {url!r}; must be http://host:port or https://host/path")
+    return url.rstrip("/")
+
+
+def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    if not isinstance(headers, Mapping):
+        raise UserError(f"option headers: got {type(headers).__name__}; must be a mapping")
+    for name, value in headers.items():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
+            raise UserError(f"option headers: got the name {name!r}, which is none of a header")
+        if name.lower() in ("authorization", "proxy-authorization", "cookie"):
+            raise UserError(
+                f"option headers: {name} would be written into the run's folder; put the token "
+                "into an environment variable and name it in token_env"
+            )
+        if not isinstance(value, str) or not re.fullmatch(r"[ -~]*", value):
+            raise UserError(f"option headers: {name} must be a string of printable ASCII")
+    return dict(headers)
+
+
+def _is_encryption_fault(error: BaseException | None) -> bool:
+    """Whether the server's certificate is wrong, or there is no TLS at all on that port."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError) or (
+            isinstance(error, ssl.SSLError) and error.reason in NO_TLS
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _reason(answer: object, text: str) -> str:
+    """What an error response says, in our own format, in OpenAI's, or in any other."""
+    error = answer.get("error") if isinstance(answer, dict) else None
+    if isinstance(error, dict):
+        error = error.get("message")
+    return error if isinstance(error, str) and error else text or "(no body)"
+
+
+def _retry_after(value: str | None) -> float:
+    """Seconds that a server asks to wait; its other form, a date, is not worth a clock's trust."""
+    return float(value) if value and re.fullmatch(r"\d{1,6}", value) else 0.0

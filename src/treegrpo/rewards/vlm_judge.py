@@ -1,0 +1,198 @@
+"""A vision-language model as the judge, behind any OpenAI-compatible `/chat/completions`."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from treegrpo.errors import UserError
+from treegrpo.rewards.http import Endpoint, ServerError, check_number
+from treegrpo.rewards.remote import to_pixels, to_png
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+RUBRIC = """\
+This image was generated for the description below. Judge how faithfully it shows what the \
+description asks for: every object, its count, its color and other attributes, the relations \
+between objects, and any text. Only then consider how clear and well made it is.
+
+Description: {prompt}
+
+Score the image from 0 (shows nothing of it) to {scale} (shows all of it, without a fault).
+Answer with one JSON object and nothing else: {"score": NUMBER}"""
+
+REMINDER = 'Answer with one JSON object and nothing else: {"score": NUMBER}, from 0 to {scale}.'
+REMINDERS = 2
+
+_NUMBER = r"(?P<number>-?\d+(?:[.,]\d+)?)(?![\d.,]*\d)"
+_OUT_OF = r"(?:\s*(?:/|out of)\s*(?P<scale>\d+(?:\.\d+)?))?"
+# "score" or "rating", perhaps a remark in parentheses, then the number, but not a range.
+_LABELED = re.compile(
+    r"\b(?:score|rating)\b[\s\"'*_`]*(?:\([^()\n]*\))?[\s\"'*_`]*(?:is|of)?[\s\"'*_`:=]*"
+    rf"{_NUMBER}{_OUT_OF}(?!\s*(?:-|\u2013|to)\s*\d)",
+    re.IGNORECASE,
+)
+_FRACTION = re.compile(
+    rf"(?<![\d.,/]){_NUMBER}\s*(?:/|out of)\s*(?P<scale>\d+(?:\.\d+)?)", re.IGNORECASE
+)
+_BARE = re.compile(rf"[\s\"'*_`]*{_NUMBER}{_OUT_OF}[\s\"'*_`.]*")
+
+
+class VLMJudge:
+    """Asks a vision-language model to score each image; the score is divided by `scale`.
+
+    Args:
+        url: the API's base, as OpenAI clients take it: `https://api.openai.com/v1`,
+            `http://host:8000/v1`.
+        model: the model's name at that API.
+        rubric: what is asked, with `{prompt}` where the image's prompt goes and, if wanted,
+            `{scale}`. It must ask for a number.
+        token_env: the environment variable with the API's key.
+        scale: the rubric's highest score; the lowest is 0.
+        temperature: of the answer; None leaves it to the API.
+        max_tokens: longest answer; None leaves it to the API.
+        extra_body: more fields of the request, or others for those that it has.
+        timeout_seconds: of silence, after which a request is repeated.
+        give_up_after_seconds: how long an unreachable API is waited for.
+        concurrency: requests at once.
+
+    Raises:
+        UserError: an option cannot be used.
+    """
+
+    concurrent = True
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        rubric: str = RUBRIC,
+        token_env: str | None = None,
+        scale: float = 10.0,
+        temperature: float | None = 0.0,
+        max_tokens: int | None = 256,
+        extra_body: dict[str, Any] | None = None,
+        timeout_seconds: float = 60.0,
+        give_up_after_seconds: float = 600.0,
+        concurrency: int = 8,
+    ) -> None:
+        check_number("scale", scale, above=0)
+        if not isinstance(model, str) or not model:
+            raise UserError(f"option model: got {model!r}; must be the name of a model")
+        if temperature is not None:
+            check_number("temperature", temperature, minimum=0)
+        if max_tokens is not None:
+            check_number("max_tokens", max_tokens, minimum=1, whole=True)
+        if not isinstance(rubric, str) or "{prompt}" not in rubric:
+            raise UserError("option rubric: must hold {prompt} where the image's prompt goes")
+        if not isinstance(extra_body, dict | None):
+            raise UserError(f"option extra_body: got {extra_body!r}; must be a mapping")
+        self._scale = scale
+        self._rubric = rubric.replace("{scale}", f"{scale:g}")
+        self._reminder = REMINDER.replace("{scale}", f"{scale:g}")
+        settings = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
+        settings |= extra_body or {}
+        self._settings = {name: value for name, value in settings.items() if value is not None}
+        self._endpoint = Endpoint(
+            "judge",
+            url,
+            headers=None,
+            token_env=token_env,
+            timeout_seconds=timeout_seconds,
+            give_up_after_seconds=give_up_after_seconds,
+            concurrency=concurrency,
+        )
+
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
+    ) -> list[float]:
+        """Scores in [0, 1] of images, float [N, 3, H, W] in [0, 1]; metadata is not used.
+
+        Raises:
+            ServerError: no answer for too long, a refusal, or an answer without a score.
+        """
+        pairs = zip(to_pixels(images), prompts, strict=True)
+        return self._endpoint.map(lambda pair: self._judge(*pair), pairs)
+
+    def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
+        """Judge one gray picture: a wrong address, key or model shows before any sampling.
+
+        Raises:
+            UserError: the judge is not there, refuses, or gives no score.
+        """
+        import numpy as np
+
+        gray = np.full((64, 64, 3), 128, np.uint8)
+        try:
+            self._judge(gray, prompts[0] if prompts else "a gray picture")
+        except ServerError as error:
+            raise UserError(str(error)) from error
+
+    def close(self) -> None:
+        """Stop waiting for the judge: calls under way fail, and so do later ones."""
+        self._endpoint.close()
+
+    def _judge(self, pixels: NDArray[np.uint8], prompt: str) -> float:
+        picture = {"url": f"data:image/png;base64,{to_png(pixels)}"}
+        question = [
+            {"type": "image_url", "image_url": picture},
+            {"type": "text", "text": self._rubric.replace("{prompt}", prompt)},
+        ]
+        messages: list[dict[str, Any]] = [{"role": "user", "content": question}]
+        for _ in range(1 + REMINDERS):
+            answer = self._endpoint.request(
+                "POST", "/chat/completions", {**self._settings, "messages": messages}
+            )
+            text, reason = self._content(answer)
+            score = parse_score(text, self._scale)
+            if score is not None:
+                return score / self._scale
+            # At temperature 0 the same question would get the same answer.
+            messages += [
+                {"role": "assistant", "content": text},
+                {"role": "user", "content": self._reminder},
+            ]
+        cut = " (cut off: raise max_tokens)" if reason == "length" else ""
+        raise ServerError(
+            f"judge {self._endpoint.url} gave no score from 0 to {self._scale:g} for the prompt "
+            f"{prompt!r} in {1 + REMINDERS} answers; the last one{cut}: {text[:600]!r}"
+        )
+
+    def _content(self, answer: dict[str, Any]) -> tuple[str, str | None]:
+        """The text of an answer, and why it ended."""
+        try:
+            choice = answer["choices"][0]
+            text = choice["message"].get("content") or choice["message"].get("refusal") or ""
+            if not isinstance(text, str):
+                raise TypeError
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise ServerError(
+                f"judge {self._endpoint.url} answered no chat completion: "
+                f"{json.dumps(answer)[:600]}"
+            ) from error
+        return text, choice.get("finish_reason")
+
+
+def parse_score(text: str, scale: float) -> float | None:
+    """The score in a judge's answer: from 0 to `scale`, or None where it is not plain.
+
+    It understands `{"score": 7}`, `Score: 7/10`, `7 out of 10` and `7`, with Markdown or reasoning
+    around; where an answer holds several, the last one counts.
+    """
+    text = text.rpartition("</think>")[2]
+    if bare := _BARE.fullmatch(text):
+        matches = [bare]
+    else:
+        matches = list(_LABELED.finditer(text)) or list(_FRACTION.finditer(text))
+    if not matches:
+        return None
+    found = matches[-1]
+    score = float(found["number"].replace(",", "."))
+    stated = found["scale"]
+    if not 0 <= score <= scale or (stated is not None and float(stated) != scale):
+        return None
+    return score

@@ -1,0 +1,191 @@
+"""Every family against diffusers' own pipeline, and through training and export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_checkpoints
+import torch
+from tiny_checkpoints import Case
+
+from treegrpo import cli
+from treegrpo.evaluate import sample
+from treegrpo.models.folder import SAMPLING_FILE, ModelError
+from treegrpo.models.policy import Policy, load_policy, open_policy
+
+CASES = tiny_checkpoints.cases()
+PROMPTS = ["a red circle", "two blue squares and 3 stars"]
+STEPS = 4
+# Of images in [0, 1]; 1e-5 is some eighty times float32's spacing at 1.
+ROUND_OFF = 1e-5
+
+families = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+variations = pytest.mark.parametrize(
+    ("case", "variation"),
+    [(case, name) for case in CASES for name in case.variations],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+
+
+class Checkpoints(dict[str, Path]):
+    """Case name to its checkpoint, built when first asked for."""
+
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._factory = factory
+
+    def __missing__(self, name: str) -> Path:
+        folder = self[name] = self._factory.mktemp("family")
+        next(case for case in CASES if case.name == name).build(folder)
+        return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    return Checkpoints(tmp_path_factory)
+
+
+def load(folder: Path, **sampling: Any) -> Policy:
+    return load_policy(str(folder), device=torch.device("cpu"), **{"steps": STEPS, **sampling})
+
+
+def noise_of(policy: Policy) -> torch.Tensor:
+    return policy.noise(len(PROMPTS), torch.Generator().manual_seed(0))
+
+
+def images_of(policy: Policy) -> torch.Tensor:
+    """One per prompt, from the noises that `noise_of` gives."""
+    images = sample(
+        policy,
+        PROMPTS,
+        images_per_prompt=1,
+        steps=STEPS,
+        generator=torch.Generator().manual_seed(0),
+        max_batch=64,
+    )
+    return images[:, 0]
+
+
+def difference(case: Case, folder: Path, policy: Policy, pipeline: Any | None = None) -> float:
+    """Between our images and those of diffusers' pipeline on the folder."""
+    pipeline = pipeline or case.pipeline(folder)
+    expected = case.call(pipeline, PROMPTS, noise_of(policy), policy.sampling)
+    assert expected.std() > 0.01
+    images = images_of(policy)
+    assert images.shape == expected.shape
+    return (images - expected).abs().max().item()
+
+
+@variations
+def test_deterministic_rollouts_are_the_pipelines_samples(
+    case: Case, variation: str, checkpoints: Checkpoints
+) -> None:
+    folder = checkpoints[case.name]
+    policy = load(folder, **case.variations[variation])
+    assert difference(case, folder, policy) < ROUND_OFF
+
+
+@families
+def test_conditioning_is_the_pipelines(case: Case, checkpoints: Checkpoints) -> None:
+    folder = checkpoints[case.name]
+    policy = load(folder)
+    policy.encode(PROMPTS[1:])  # another order and number must not matter
+    conditioning = policy.encode([*PROMPTS, PROMPTS[0]])
+    expected = case.encode(case.pipeline(folder), [*PROMPTS, PROMPTS[0]], policy.sampling)
+    assert conditioning.keys() == expected.keys() == policy.conditioning_shapes().keys()
+    for name, values in expected.items():
+        torch.testing.assert_close(conditioning[name], values.to(conditioning[name].dtype))
+        longest = policy.conditioning_shapes()[name]
+        assert values.dim() == 1 + len(longest)
+        assert all(size <= most for size, most in zip(values.shape[1:], longest, strict=True))
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@families
+def test_training_changes_only_what_it_should_and_diffusers_loads_it(
+    case: Case,
+    lora: bool,
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Two iterations through the command line, then the export in diffusers alone."""
+    folder, output = checkpoints[case.name], tmp_path / "run"
+    settings = {
+        "model.path": folder,
+        "model.device": "cpu",
+        "model.lora_rank": 2 if lora else 0,
+        "model.lora_alpha": 3.0 if lora else "null",
+        "rollout.steps": STEPS,
+        "rollout.branching": 2,
+        "rollout.window_size": 2,
+        "rollout.prompts_per_iteration": 2,
+        "rollout.transition": case.transition,
+        "train.iterations": 2,
+        "train.warmup_iterations": 0,
+        "train.learning_rate": 1e-3,
+        "train.learning_rate_schedule": "constant",
+        "train.ema_decay": "null",
+        "train.micro_batch": 3,
+        "rewards": "[{name: 'toy_rewards:brightness'}]",
+        "evaluation.accuracy": "null",
+        "evaluation.max_prompts": 2,
+        "evaluation.images_per_prompt": 1,
+        "output": output,
+    }
+    monkeypatch.chdir(Path(__file__).parent)  # where toy_rewards is
+    arguments = [f"{key}={value}" for key, value in settings.items()]
+    monkeypatch.setattr("sys.argv", ["treegrpo", "train", *arguments])
+    with pytest.raises(SystemExit) as done:
+        cli.main()
+    assert done.value.code == 0
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    metrics = [json.loads(line) for line in lines]
+    assert len(metrics) == 2
+    assert metrics[0]["ratio_error"] < 1e-5
+    assert all(torch.tensor(m["loss"]).isfinite() and m["gradient_norm"] > 0 for m in metrics)
+
+    model = output / "model"
+    trained, base = load(model), load(folder)
+    assert (images_of(trained) - images_of(base)).abs().max() > 1e-4
+    changed = _differing(base.network, trained.network)
+    if not lora:
+        assert changed
+        assert difference(case, model, trained) < ROUND_OFF
+        assert not _differing(base.vae, trained.vae)
+        return
+    assert not changed
+    assert {path.name for path in model.iterdir()} == {
+        "README.md",
+        "pytorch_lora_weights.safetensors",
+        SAMPLING_FILE,
+    }
+    pipeline = case.pipeline(folder)
+    pipeline.load_lora_weights(str(model))
+    assert difference(case, model, trained, pipeline) < ROUND_OFF
+
+
+def _differing(first: torch.nn.Module, second: torch.nn.Module) -> list[str]:
+    """Names of the first's parameters that the second has otherwise (adapters add their own)."""
+    others = {name.replace(".base_layer", ""): value for name, value in second.named_parameters()}
+    return [name for name, value in first.named_parameters() if not value.equal(others[name])]
+
+
+@families
+def test_bfloat16_computes_nearly_the_same(case: Case, checkpoints: Checkpoints) -> None:
+    folder = checkpoints[case.name]
+    exact = images_of(load(folder))
+    rough = load_policy(str(folder), device=torch.device("cpu"), dtype=torch.bfloat16, steps=STEPS)
+    assert torch.bfloat16 in {parameter.dtype for parameter in rough.network.parameters()}
+    assert 0 < (images_of(rough) - exact).abs().mean() < 0.02
+
+
+@families
+def test_a_size_that_does_not_fit_is_refused(case: Case, checkpoints: Checkpoints) -> None:
+    policy = open_policy(str(checkpoints[case.name]), device=torch.device("cpu"))
+    multiple = policy.size_multiple(policy.configs)
+    size = policy.sampling.size[0] + 1
+    with pytest.raises(ModelError, match=rf"model\.height: got {size}; .* multiple of {multiple}"):
+        load(checkpoints[case.name], height=size)
