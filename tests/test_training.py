@@ -290,19 +290,33 @@ def test_work_is_counted_over_all_updates(configure: Callable[..., Config]) -> N
     assert trainer.average.optimization_step == 6
 
 
-def test_batch_sizes_change_time_and_memory_only(
-    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("train.micro_batch=1",),
+        ("train.micro_batch=3", "rollout.max_batch=5", "rollout.decode_batch=2"),
+        ("rollout.prompts_per_batch=1",),
+        ("rollout.offload=true", "rollout.max_batch=3"),
+        ("model.gradient_checkpointing=true",),
+        ("model.embedding_cache=null",),
+        ("objective.reference_on_cpu=true",),
+    ],
+    ids=" ".join,
+)
+def test_some_settings_change_time_and_memory_only(
+    changes: tuple[str, ...], configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def gradients(*changes: str) -> torch.Tensor:
-        trainer = Trainer(configure(*changes))
+        # With the terms that keep more than the states.
+        extras = ("objective.guard=true", "objective.kl_weight=0.1")
+        trainer = Trainer(configure(*extras, *changes))
         monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda: None)
         trainer.iterate()
         return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
 
     whole = gradients("train.micro_batch=64", "rollout.max_batch=64")
     assert whole.norm() > 1e-3
-    for changes in (("train.micro_batch=1",), ("train.micro_batch=3", "rollout.max_batch=5")):
-        assert (gradients(*changes) - whole).norm() < 1e-4 * whole.norm()
+    assert (gradients(*changes) - whole).norm() < 1e-4 * whole.norm()
 
 
 @pytest.mark.parametrize("lora", [0, 2])

@@ -11,7 +11,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -131,7 +131,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     ):
         for warning in trainer.warnings:
             display.say(f"warning: {warning}")
-        trainer.prepare_prompts()
+        trainer.prepare_prompts(display.say)
         before = last = trainer.evaluate()
         trainer.baseline = {
             name: (values.mean().item(), values.std().item())
@@ -609,14 +609,14 @@ class Trainer:
                 except UserError as error:
                     raise UserError(f"reward {name!r}: {error}") from error
 
-    def prepare_prompts(self) -> None:
+    def prepare_prompts(self, say: Callable[[str], None] = print) -> None:
         """Compute the embeddings of the run's prompts; the text encoders then leave memory."""
         draws = self.config.train.iterations * self.config.rollout.prompts_per_iteration
         upcoming = [prompt.text for prompt in self.sampler.upcoming(draws)]
         texts = [prompt.text for prompt in self.held_out] + upcoming
         # The processes of a machine share its disk, and the work.
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.policy.prepare(texts[self.accelerator.local_process_index :: processes])
+        self.policy.prepare(texts[self.accelerator.local_process_index :: processes], say)
         self.accelerator.wait_for_everyone()
 
     def evaluate(self) -> Evaluation:

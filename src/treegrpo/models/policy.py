@@ -15,7 +15,7 @@ import json
 import re
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -294,14 +294,20 @@ class Policy(ABC):
             for name in rows[0]
         }
 
-    def prepare(self, prompts: Sequence[str]) -> None:
+    def prepare(self, prompts: Sequence[str], say: Callable[[str], None] = print) -> None:
         """Encode all prompts that a run will need, then let the text encoders go.
+
+        Args:
+            say: told where that may take a while.
 
         Raises:
             ModelError: the disk has no room for them.
         """
         self.negative()
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._store]
+        if len(new) > _PROMPTS_PER_ENCODING:
+            where = f", kept in {self._store.folder}" if self._store.folder else ""
+            say(f"encoding {len(new):,} prompts{where}")
         self._encode_new(new[:_PROMPTS_PER_ENCODING])
         if self._store.folder is not None and new:
             each = sum(t.numel() * t.element_size() for t in self._store.get(new[0]).values())
