@@ -61,7 +61,7 @@ def images_of(policy: Policy) -> torch.Tensor:
         policy,
         PROMPTS,
         images_per_prompt=1,
-        steps=STEPS,
+        steps=policy.sampling.steps,
         generator=torch.Generator().manual_seed(0),
         max_batch=64,
     )

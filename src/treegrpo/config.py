@@ -132,8 +132,8 @@ class RolloutConfig(_Section):
     split_steps: Annotated[list[AtLeastZero[int]], Field(min_length=1)] | None = None
     """The branching steps of branch_grpo, which alone has them; null: chosen by the method."""
     deterministic_final_step: bool = False
-    """Make the last step deterministic in the methods that train every step; cps and ddim need it,
-    since their last step adds no noise."""
+    """Make the last step deterministic in the methods that train every step; cps and ddim need it
+    where the schedule ends at sigma 0, so that their last step adds no noise."""
     transition: Transition = "flow_sde"
     """The stochastic step; ddim is for diffusion models, flow_sde and dance_sde for flow models."""
     noise_level: AtLeastZero[float] = 0.7

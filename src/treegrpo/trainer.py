@@ -411,7 +411,10 @@ class Trainer:
         # Each of the iteration's prompts has a generator of its own: what it draws depends neither
         # on the batches nor on the processes, and a resumed run draws what the unbroken one would.
         first = (config.train.seed * 1_000_003 + self.iteration) * 2**20
-        generators = [torch.Generator(policy.device).manual_seed(first + n) for n in numbers]
+        generators = [
+            torch.Generator(policy.device).manual_seed((first + number) % 2**63)
+            for number in numbers
+        ]
         noise = torch.stack([policy.noise(shape.roots, generator) for generator in generators])
         return rollout(
             self._predictor(prompts),

@@ -472,6 +472,12 @@ class Policy(ABC):
         if gradient_checkpointing:
             network.enable_gradient_checkpointing()
         if attention_backend is not None:
+            processors = [getattr(module, "processor", None) for module in network.modules()]
+            if not any(hasattr(processor, "_attention_backend") for processor in processors):
+                raise ModelError(
+                    f"model.attention_backend: got {attention_backend!r}; the {self.network_name} "
+                    f"of {self.pipeline_name} has no choice, so it must be null"
+                )
             network.set_attention_backend(attention_backend)
         if compile:
             if getattr(network, "_repeated_blocks", None):

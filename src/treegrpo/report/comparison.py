@@ -364,17 +364,19 @@ def _card(
     prompt, roles = escape(comparison.prompts[index]), comparison.roles
     pairs = []
     for number in range(len(images[TRAINED])):
-        picture_cells = [
-            f'<img src="{images[role][number]}" alt="{role}: {prompt}" loading="lazy">'
+        figures = "".join(
+            f'<figure><img src="{images[role][number]}" alt="{role}: {prompt}" loading="lazy">'
+            f"<figcaption>{role}</figcaption></figure>"
             for role in roles
-        ]
-        lines = [_line("th", ["", *roles, ""]), _line("td", ["", *picture_cells, ""])]
+        )
+        lines = []
         for reward, of in scores.items():
-            difference = of[TRAINED][number] - of[BASE][number] if BASE in of else None
-            values = [f"{of[role][number]:.4f}" for role in roles]
-            last = "" if difference is None else _colored(f"{difference:+.4f}", difference)
-            lines.append(_line("td", [escape(reward), *values, last]))
-        pairs.append(f"<table>{''.join(lines)}</table>")
+            cells = [f"{of[role][number]:.4f}" for role in roles]
+            if BASE in of:
+                difference = of[TRAINED][number] - of[BASE][number]
+                cells.append(_colored(f"{difference:+.4f}", difference))
+            lines.append(_line("td", [escape(reward), *cells]))
+        pairs.append(f'<div class="pair">{figures}</div><table>{"".join(lines)}</table>')
     return (
         f'<article data-index="{index}" data-keys="{json.dumps(keys)}"><h3>{prompt}</h3>'
         f"{''.join(pairs)}</article>"
@@ -421,13 +423,12 @@ select {{ font: inherit; padding: .2rem .4rem; }}
   grid-template-columns: repeat(auto-fill, minmax(min(34rem, 100%), 1fr)); }}
 article {{ border: 1px solid {style.RULE}; border-radius: .5rem; padding: 1rem; min-width: 0; }}
 article[hidden] {{ display: none; }}
-article table {{ width: 100%; table-layout: fixed; font-size: .85rem; margin-bottom: .75rem; }}
-article td, article th {{ padding: .1rem .4rem; overflow-wrap: anywhere; }}
-article th {{ color: {style.MUTED}; text-align: center; }}
-article td:nth-child(2), article td:nth-child(3) {{ text-align: center; }}
-article td:first-child {{ padding-left: 0; width: 18%; }}
-article tr:first-child > :first-child {{ width: 19%; }}
-article tr:first-child > :last-child {{ width: 13%; }}
+.pair {{ display: flex; gap: .75rem; }}
+figure {{ margin: 0; flex: 1; min-width: 0; text-align: center; }}
+figcaption {{ color: {style.MUTED}; font-size: .85rem; }}
+article table {{ width: 100%; font-size: .85rem; margin-bottom: 1rem; }}
+article td {{ padding: .05rem 0 .05rem .75rem; }}
+article td:first-child {{ padding-left: 0; overflow-wrap: anywhere; }}
 img {{ width: 100%; max-width: {_THUMBNAIL}px; border-radius: .4rem; display: block;
   margin: auto; }}
 img[src^="data:image/png"] {{ image-rendering: pixelated; }}
