@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import tiny_checkpoints
 import torch
@@ -171,6 +173,13 @@ def _differing(first: torch.nn.Module, second: torch.nn.Module) -> list[str]:
     """Names of the first's parameters that the second has otherwise (adapters add their own)."""
     others = {name.replace(".base_layer", ""): value for name, value in second.named_parameters()}
     return [name for name, value in first.named_parameters() if not value.equal(others[name])]
+
+
+@families
+def test_the_settings_for_diffusers_are_its_own(case: Case, checkpoints: Checkpoints) -> None:
+    policy = open_policy(str(checkpoints[case.name]), device=torch.device("cpu"))
+    pipeline = getattr(diffusers, policy.pipeline_name)
+    assert policy.call_settings().keys() <= inspect.signature(pipeline.__call__).parameters.keys()
 
 
 @families

@@ -49,7 +49,7 @@ class Display:
         self._progress.stop()
 
     def say(self, text: str) -> None:
-        self._console.print(text)
+        self._console.print(text, soft_wrap=True)
 
     def show(self, metrics: Mapping[str, float], seconds_left: float) -> None:
         figures = f"reward {metrics['reward']:.3f}"

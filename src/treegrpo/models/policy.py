@@ -171,6 +171,23 @@ class Policy(ABC):
         """Classifier-free guidance from the predictions with the prompt and without it."""
         return without + self.sampling.guidance_scale * (given - without)
 
+    def call_settings(self) -> dict[str, Any]:
+        """What the diffusers pipeline's `__call__` is given to sample in the same way."""
+        sampling = self.sampling
+        settings: dict[str, Any] = {
+            "num_inference_steps": sampling.steps,
+            "guidance_scale": sampling.guidance_scale,
+            "height": sampling.height,
+            "width": sampling.width,
+        }
+        if sampling.negative_prompt:
+            settings["negative_prompt"] = sampling.negative_prompt
+        if sampling.frames is not None:
+            settings["num_frames"] = sampling.frames
+        if sampling.max_sequence_length is not None:
+            settings["max_sequence_length"] = sampling.max_sequence_length
+        return settings
+
     def negative(self) -> Conditioning:
         """The conditioning that guidance leads away from: one row."""
         return self.encode([self.sampling.negative_prompt])

@@ -98,6 +98,10 @@ class QwenImage(Policy):
         ratio: Tensor = given.norm(dim=-1, keepdim=True) / guided.norm(dim=-1, keepdim=True)
         return guided * ratio
 
+    def call_settings(self) -> dict[str, Any]:
+        settings = super().call_settings()
+        return {"true_cfg_scale": settings.pop("guidance_scale"), **settings}
+
     def decode_latents(self, latents: Tensor) -> Tensor:
         latents = QwenImagePipeline._unpack_latents(
             latents, *self.sampling.size, _scale(self.configs)

@@ -80,9 +80,14 @@ of a higher order (DPM-Solver, UniPC, PNDM), its pictures differ a little from t
 
 
 def _usage(config: Config, policy: Policy) -> str:
-    uses_lora, sampling = config.model.lora_rank > 0, policy.sampling
+    uses_lora = config.model.lora_rank > 0
     source = config.model.path if uses_lora else "THIS_FOLDER"
-    absent = [name for name, value in policy.index.items() if _is_absent(value)]
+    # Some pipelines load without a text encoder only if they are told so.
+    absent = [
+        name
+        for name, value in policy.index.items()
+        if name.startswith(("text_encoder", "tokenizer")) and value[0] is None
+    ]
     arguments = "".join(f", {name}=None" for name in absent)
     lines = [
         "from diffusers import DiffusionPipeline",
@@ -91,15 +96,5 @@ def _usage(config: Config, policy: Policy) -> str:
     ]
     if uses_lora:
         lines.append('pipeline.load_lora_weights("THIS_FOLDER")')
-    settings = {
-        "num_inference_steps": sampling.steps,
-        "guidance_scale": sampling.guidance_scale,
-        "height": sampling.height,
-        "width": sampling.width,
-    }
-    given = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    return "\n".join([*lines, f'result = pipeline("a prompt", {given})'])
-
-
-def _is_absent(value: object) -> bool:
-    return isinstance(value, list) and value[0] is None
+    given = "".join(f"    {name}={value!r},\n" for name, value in policy.call_settings().items())
+    return "\n".join([*lines, f'result = pipeline(\n    "a prompt",\n{given})'])
