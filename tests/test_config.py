@@ -4,6 +4,8 @@ import pytest
 from pydantic import ValidationError
 
 from treegrpo.config import Config, ConfigError, describe_fields, load_config, to_yaml
+from treegrpo.rewards import check_reward
+from treegrpo.trainer import build_plan, window_schedule
 
 
 def refused(*overrides: str, path: Path | None = None) -> str:
@@ -202,3 +204,31 @@ def test_every_field_has_a_sentence_and_accepts_its_own_default() -> None:
 def test_a_configuration_does_not_change() -> None:
     with pytest.raises(ValidationError):
         Config().train.seed = 1
+
+
+RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_recipes_are_complete(path: Path) -> None:
+    config = load_config(path, [])
+    for reward in config.rewards:
+        check_reward(reward.name, reward.options)
+    for start in window_schedule(config).possible_starts:
+        build_plan(config.rollout, start)
+    if config.model.path != "miniature":
+        # Nothing of the miniature's may be left where another model is trained.
+        assert config.evaluation.accuracy is None
+        assert config.prompts.train != "miniature"
+        assert config.output.name == path.stem
+
+
+def test_the_recipe_of_the_paper_has_its_numbers() -> None:
+    (path,) = [path for path in RECIPES if path.name == "sd3.5-medium.yaml"]
+    config = load_config(path, [])
+    plan = build_plan(config.rollout, 0)
+    assert (config.rollout.steps, plan.branching[:3], plan.leaves) == (10, (3, 3, 3), 27)
+    assert (config.rollout.window_decay, config.rollout.noise_level) == (0.5, 0.7)
+    assert (config.train.learning_rate, config.train.weight_decay) == (1e-5, 0.01)
+    assert (config.train.iterations, config.model.guidance_scale) == (250, 4.5)
+    assert config.rollout.prompts_per_iteration % 8 == 0  # GPUs
