@@ -67,8 +67,8 @@ Means on held-out prompts, sampled deterministically from the same noises:
 {_usage(config, policy)}
 ```
 
-Training and the figures above sample with first-order steps. Where the checkpoint's own scheduler is
-of a higher order (DPM-Solver, UniPC, PNDM), its pictures differ a little from those.
+Training and the figures above sample with first-order steps. Where the checkpoint's own scheduler
+is of a higher order (DPM-Solver, UniPC, PNDM), its pictures differ a little from those.
 
 ## Configuration
 

@@ -17,14 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from treegrpo.errors import UserError
-from treegrpo.rewards.clip_models import (
-    CLIP_FILES,
-    Placement,
-    find_checkpoint,
-    load_clip,
-    load_model,
-    load_tokenizer,
-)
+from treegrpo.rewards.checkpoints import Placement, find_checkpoint
+from treegrpo.rewards.clip_models import CLIP_FILES, load_clip, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError
-from treegrpo.rewards.clip_models import Placement, find_checkpoint, read_weights
+from treegrpo.rewards.checkpoints import Placement, find_checkpoint, read_weights
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,0 +1,127 @@
+"""What reward models share: where they run, and finding and reading their checkpoints."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treegrpo.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a reward model runs: the options that all of them share.
+
+    Raises:
+        UserError: an option is not one of the allowed values, or this machine lacks the device.
+    """
+
+    device: str = "auto"
+    """A torch device, or "auto" for that of the pictures."""
+    dtype: str = "float32"
+    """The weights' and activations' type, "float32" or "bfloat16"; scores are always float32."""
+    batch_size: int = 32
+    """Pictures, or prompts, that go through the model at once."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"option dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if not isinstance(self.batch_size, int) or self.batch_size < 1:
+            raise UserError(f"option batch_size: {self.batch_size!r} is not a positive integer")
+        if self.device != "auto":
+            import torch
+
+            try:
+                torch.empty(0, device=self.device)
+            except (RuntimeError, AssertionError, TypeError) as error:
+                raise UserError(
+                    f"option device: {self.device!r} cannot be used ({reason(error)}); give "
+                    "'auto', 'cpu' or a device of this machine such as 'cuda:0'"
+                ) from error
+
+    def device_for(self, pictures: Tensor) -> torch.device:
+        """The device on which these pictures are scored."""
+        import torch
+
+        return pictures.device if self.device == "auto" else torch.device(self.device)
+
+
+def reason(error: Exception) -> str:
+    """An error's class and first line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def find_checkpoint(
+    path: str | None,
+    repository: str,
+    files: list[str],
+    option: str = "path",
+    beside: Path | None = None,
+) -> Path:
+    """The local folder of a checkpoint, downloaded from the Hugging Face hub where that is needed.
+
+    Args:
+        path: a local folder or file (then its folder), a hub repository, or None for `repository`.
+        repository: the customary hub repository, named in messages.
+        files: the names or patterns of the files that the reward wants from a hub repository.
+        option: the option that gave `path`, for messages.
+        beside: a local folder that these files belong into, for messages.
+
+    Raises:
+        UserError: `path` is neither here nor a repository's name, or the hub cannot be reached.
+    """
+    from huggingface_hub import snapshot_download
+
+    wanted = " ".join(f"--include '{name}'" for name in files)
+    advice = (
+        f"fetch it where there is a connection with `hf download {repository} {wanted} "
+        f"--local-dir {beside or 'FOLDER'}`"
+    )
+    if beside is None:
+        advice += f" and set the option {option} to that folder"
+    if path is not None:
+        local = Path(path).expanduser()
+        if local.exists():
+            return local if local.is_dir() else local.parent
+        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+            raise UserError(
+                f"option {option}: {path!r} does not exist; leave it out for the hub's "
+                f"{repository}, or {advice}"
+            )
+    source = path or repository
+    try:
+        return Path(snapshot_download(source, allow_patterns=files))
+    except Exception as error:  # the hub's client, its transports and the disk have many
+        raise UserError(
+            f"option {option}: {source!r} {'is no local folder and ' if path else ''}cannot be "
+            f"downloaded from the hub ({reason(error)}); {advice}"
+        ) from error
+
+
+def read_weights(file: Path, source: str) -> Any:
+    """The content of a torch file: tensors and plain containers only, on the CPU.
+
+    Raises:
+        UserError: the file is missing or is not such a file. `source` says where to get it.
+    """
+    import pickle
+
+    import torch
+
+    if not file.is_file():
+        raise UserError(f"option path: there is no {file.name} in {file.parent}; it is {source}")
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"option path: {file} cannot be read as weights ({reason(error)}); it may be "
+            f"incomplete; it is {source}"
+        ) from error

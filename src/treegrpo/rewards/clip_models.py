@@ -1,0 +1,217 @@
+"""What the rewards built on CLIP share: loading a model, preparing pictures, embedding.
+
+The model is transformers' CLIPModel for all of them. open_clip would need a torchvision built for
+the installed torch, which package indexes offer for CUDA only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treegrpo.errors import UserError
+from treegrpo.rewards.checkpoints import Placement, find_checkpoint, reason
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+CLIP_FILES = [
+    "config.json",
+    "preprocessor_config.json",
+    "tokenizer*.json",
+    "vocab.json",
+    "merges.txt",
+    "model*.safetensors*",
+]
+
+
+def find_clip(path: str | None, repository: str, option: str = "path") -> Path:
+    """The local folder of a CLIP checkpoint in transformers' format; see `find_checkpoint`."""
+    folder = find_checkpoint(path, repository, CLIP_FILES, option)
+    if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
+        # Some repositories hold nothing but the older format, which the others hold as well.
+        folder = find_checkpoint(path, repository, [*CLIP_FILES, "pytorch_model*"], option)
+    return folder
+
+
+def load_model(kind: Any, folder: Path | None, option: str = "path", **arguments: Any) -> Any:
+    """A CLIP model of class `kind`, float32, for inference; `arguments` go to `from_pretrained`.
+
+    Raises:
+        UserError: the folder holds no such model. A weight that is missing counts, which
+            transformers would replace by a random one.
+    """
+    import torch
+
+    try:
+        model, report = kind.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **arguments
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(
+            f"option {option}: {folder or 'the file'} holds no {kind.__name__} of the expected "
+            f"shape ({reason(error)})"
+        ) from error
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(
+            f"option {option}: {folder or 'the file'} lacks {len(missing)} of the weights of "
+            f"{kind.__name__}, among them {missing[0]!r}"
+        )
+    return model.requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The CLIP tokenizer in `folder`.
+
+    Raises:
+        UserError: it has none. transformers would go on with an empty vocabulary.
+    """
+    from transformers import CLIPTokenizer
+
+    if not has_tokenizer(folder):
+        raise UserError(
+            f"option path: {folder} has no tokenizer; put tokenizer.json, or vocab.json and "
+            "merges.txt, of the checkpoint's hub repository there"
+        )
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether `folder` holds the files of a CLIP tokenizer."""
+    alternatives = (["tokenizer.json"], ["vocab.json", "merges.txt"])
+    return any(all((folder / name).is_file() for name in names) for names in alternatives)
+
+
+def _load_image_processor(folder: Path) -> Any:
+    """The resizing, cropping and normalizing that a checkpoint in transformers' format asks for.
+
+    Always the variant on PIL, which the checkpoints were trained and published with: torchvision's
+    resizes a little differently.
+
+    Raises:
+        UserError: the folder has no preprocessor_config.json.
+    """
+    from transformers import CLIPImageProcessorPil
+
+    try:
+        return CLIPImageProcessorPil.from_pretrained(folder)
+    except OSError as error:
+        raise UserError(
+            f"option path: {folder} has no preprocessor_config.json; copy it from the "
+            "checkpoint's hub repository"
+        ) from error
+
+
+def process_pictures(processor: Any, pictures: Tensor) -> Tensor:
+    """Put pictures, uint8 [N, 3, H, W], through a PIL image processor: float32 [N, 3, h, w]."""
+    from PIL import Image
+
+    arrays = pictures.permute(0, 2, 3, 1).cpu().numpy()
+    images = [Image.fromarray(array) for array in arrays]
+    pixels: Tensor = processor(images, return_tensors="pt")["pixel_values"]
+    return pixels
+
+
+def load_clip(path: str | None, repository: str) -> tuple[Any, Callable[[Tensor], Tensor], Any]:
+    """Model, preprocessing and tokenizer of a CLIP checkpoint in transformers' format.
+
+    Args:
+        path: as for `find_checkpoint`.
+        repository: the customary hub repository.
+
+    Raises:
+        UserError: the checkpoint is missing or incomplete.
+    """
+    from transformers import CLIPModel
+
+    folder = find_clip(path, repository)
+    tokenizer = load_tokenizer(folder)
+    processor = _load_image_processor(folder)
+    return load_model(CLIPModel, folder), partial(process_pictures, processor), tokenizer
+
+
+class Clip:
+    """A frozen CLIP model that embeds pictures and prompts in batches.
+
+    Args:
+        model: transformers' CLIPModel, or CLIPVisionModelWithProjection where no prompt matters.
+        preprocess: makes the model's float32 [N, 3, S, S] of pictures, uint8 [N, 3, H, W].
+        tokenizer: transformers' CLIPTokenizer, or None where no prompt matters.
+        placement: where to run; the weights move on the first call.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        preprocess: Callable[[Tensor], Tensor],
+        tokenizer: Any | None,
+        placement: Placement,
+    ) -> None:
+        import torch
+
+        self.model = model.to(getattr(torch, placement.dtype)).eval()
+        self.preprocess = preprocess
+        self.tokenizer = tokenizer
+        self.placement = placement
+
+    def similarity(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Cosine of the angle between each picture and its prompt: float32 [N].
+
+        Args:
+            images: float [N, 3, H, W] in [0, 1].
+            prompts: one per picture; each different one is embedded once.
+
+        Raises:
+            ValueError: the pictures' shape does not fit, or there is not one prompt per picture.
+        """
+        if len(images) != len(prompts):
+            raise ValueError(f"{len(images)} images do not match {len(prompts)} prompts")
+        pictures = self.embed_images(images)
+        different = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+        texts = self._embed_prompts(list(different), pictures.device)
+        return (pictures * texts[[different[prompt] for prompt in prompts]]).sum(1)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embeddings of length 1: float [N, 3, H, W] in [0, 1] to float32 [N, D].
+
+        Raises:
+            ValueError: the pictures' shape does not fit.
+        """
+        import torch
+        from torch.nn import functional
+
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must have the shape [N, 3, H, W], got {list(images.shape)}")
+        device = self.placement.device_for(images)
+        self.model.to(device)
+        embeddings = []
+        with torch.no_grad():
+            for batch in torch.split(images, self.placement.batch_size):
+                pictures = (batch.float() * 255).round().clamp(0, 255).to(torch.uint8)
+                pixels = self.preprocess(pictures).to(device, self.model.dtype)
+                pooled = self.model.vision_model(pixel_values=pixels).pooler_output
+                embeddings.append(self.model.visual_projection(pooled).float())
+        return functional.normalize(torch.cat(embeddings), dim=1)
+
+    def _embed_prompts(self, prompts: list[str], device: torch.device) -> Tensor:
+        import torch
+        from torch.nn import functional
+
+        assert self.tokenizer is not None
+        embeddings = []
+        with torch.no_grad():
+            for start in range(0, len(prompts), self.placement.batch_size):
+                tokens = self.tokenizer(
+                    prompts[start : start + self.placement.batch_size],
+                    padding=True,
+                    truncation=True,
+                    max_length=self.model.config.text_config.max_position_embeddings,
+                    return_tensors="pt",
+                ).to(device)
+                pooled = self.model.text_model(**tokens).pooler_output
+                embeddings.append(self.model.text_projection(pooled).float())
+        return functional.normalize(torch.cat(embeddings), dim=1)
