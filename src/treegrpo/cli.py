@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 import yaml
@@ -16,10 +16,17 @@ import yaml
 from treegrpo import __version__, checkpoint
 from treegrpo.config import Config, describe_fields, load_config, to_yaml
 from treegrpo.errors import UserError
-from treegrpo.models.folder import check_folder
+from treegrpo.models.folder import (
+    INDEX_FILE,
+    LORA_FILE,
+    SAMPLING_FILE,
+    check_folder,
+    read_json,
+)
 from treegrpo.plan import PlanError
 from treegrpo.prompts import load_prompts, load_train_and_held_out
 from treegrpo.rewards import RewardError, check_reward
+from treegrpo.textfile import read_utf8
 
 app = typer.Typer(
     name="treegrpo",
@@ -121,6 +128,9 @@ _GuidanceScale = Annotated[
 ]
 
 
+_DType = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the models compute in.")]
+
+
 @app.command()
 def sample(
     model: _Model,
@@ -135,6 +145,7 @@ def sample(
     seed: _Seed = 0,
     steps: _Steps = None,
     guidance_scale: _GuidanceScale = None,
+    dtype: _DType = "float32",
     out: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.")] = Path(
         "grid.png"
     ),
@@ -157,6 +168,7 @@ def sample(
         seed=seed,
         steps=steps,
         guidance_scale=guidance_scale,
+        dtype=dtype,
         out=out,
     )
 
@@ -164,52 +176,96 @@ def sample(
 @app.command("evaluate")
 def evaluate_(
     model: _Model,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help='What to compare with; "none": nothing.',
+            show_default="what an exported model was trained from, else none",
+        ),
+    ] = None,
     prompts: Annotated[
         str,
         typer.Option(
             metavar="FILE",
-            help='A file with one prompt per line, or "miniature": its held-out prompts.',
+            help="A .txt file with one prompt per line, a .jsonl, .json, .csv, .tsv or .parquet "
+            'file, or a dataset; "miniature": its held-out prompts.',
         ),
     ] = "miniature",
-    reward: Annotated[
-        list[str] | None,
+    column: Annotated[str, typer.Option(help="The column with the prompt.")] = "prompt",
+    rewards: Annotated[
+        str | None,
         typer.Option(
-            help="A reward; may be given several times.",
-            show_default="composition, composition_accuracy",
+            metavar="NAME,NAME,...",
+            help="The rewards, separated by commas.",
+            show_default="composition,composition_accuracy for the miniature's prompts",
         ),
     ] = None,
-    images_per_prompt: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 2,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="One more reward; may be given several times.")
+    ] = None,
+    reward_options: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="Options of rewards, by name, such as {hpsv2: {path: /models/hps}}.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds of the noises: 0, 1, ...")] = 1,
+    images_per_prompt: Annotated[int, typer.Option(min=1, help="Images per prompt and seed.")] = 2,
     max_prompts: Annotated[
         int | None, typer.Option(min=1, help="Use only the first so many prompts.")
     ] = None,
-    seed: _Seed = 0,
     steps: _Steps = None,
     guidance_scale: _GuidanceScale = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most images sampled at once.")] = 16,
+    dtype: _DType = "float32",
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Also write the results here.")
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Also write figures and every prompt's scores here."
+        ),
+    ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER|FILE.html", help="Also write a web page with the images side by side."
+        ),
     ] = None,
 ) -> None:
-    """Measure a model by rewards on held-out prompts."""
-    load_prompts(prompts, "held_out")
-    rewards = reward or ["composition", "composition_accuracy"]
-    for name in rewards:
-        _check_reward(name, "--reward")
+    """Measure a model by rewards, beside the model that it was trained from.
+
+    Both draw every prompt from the same noises.
+    """
+    loaded = load_prompts(prompts, "held_out", column)[:max_prompts]
+    names = _evaluated_rewards(rewards, reward or [], reward_options, prompts)
     _check_model(model, "MODEL")
+    if base is None:
+        base = _known_base(model)
+    elif base == "none":
+        base = None
+    else:
+        _check_model(base, "--base")
     if json_file is not None:
-        _check_parent(json_file, "--json")
+        _check_output(json_file, "--json")
+    page_file = None if page is None else _page_file(page)
 
     from treegrpo import evaluate
 
     evaluate.evaluate_command(
         model=model,
-        prompts=prompts,
-        reward=rewards,
+        base=base,
+        prompts=loaded,
+        source=prompts,
+        rewards=names,
+        seeds=seeds,
         images_per_prompt=images_per_prompt,
-        max_prompts=max_prompts,
-        seed=seed,
         steps=steps,
         guidance_scale=guidance_scale,
+        max_batch=max_batch,
+        dtype=dtype,
         json_file=json_file,
+        page=page_file,
     )
 
 
@@ -306,6 +362,63 @@ def _check_model(model: str, field: str) -> None:
         )
 
 
+def _known_base(model: str) -> str | None:
+    """What an exported model was trained from, as its own folder or its run's says."""
+    folder = Path(model).expanduser().absolute()
+    run = folder.parent / checkpoint.CONFIG_FILE
+    if (folder / LORA_FILE).is_file():
+        place = f"base_model in {folder / SAMPLING_FILE}"
+        base = read_json(folder / SAMPLING_FILE, "MODEL").get("base_model")
+    elif folder.name == "model" and (folder / INDEX_FILE).is_file() and run.is_file():
+        place = f"model.path in {run} (--base names another)"
+        try:
+            base = yaml.safe_load(read_utf8(run, "configuration file", UserError))["model"]["path"]
+        except (yaml.YAMLError, TypeError, KeyError):
+            return None  # not the configuration of a run
+    else:
+        return None
+    if not isinstance(base, str):
+        return None
+    _check_model(base, place)
+    return base
+
+
+def _evaluated_rewards(
+    listed: str | None, single: list[str], options_file: Path | None, prompts: str
+) -> dict[str, dict[str, Any]]:
+    """Names of the rewards that `evaluate` is asked for, and their options."""
+    fields = [(name.strip(), "--rewards") for name in listed.split(",")] if listed else []
+    fields += [(name, "--reward") for name in single]
+    if not fields:
+        if prompts != "miniature":
+            raise UserError("--rewards: must be given, such as --rewards clip_score,aesthetic")
+        fields = [(name, "--rewards") for name in ("composition", "composition_accuracy")]
+    options: dict[str, dict[str, Any]] = {}
+    if options_file is not None:
+        text = read_utf8(options_file, "--reward-options:", UserError)
+        try:
+            options = yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            raise UserError(f"--reward-options: {options_file} is not YAML: {error}") from error
+        if not isinstance(options, dict) or not all(isinstance(o, dict) for o in options.values()):
+            raise UserError(
+                f"--reward-options: {options_file} must hold options by reward, such as "
+                "{hpsv2: {path: /models/hps}}"
+            )
+    names = [name for name, _ in fields]
+    for name in options:
+        if name not in names:
+            raise UserError(
+                f"--reward-options: {options_file} has options of {name!r}; the rewards are "
+                f"{', '.join(names)}"
+            )
+    for name, field in fields:
+        if names.count(name) > 1:
+            raise UserError(f"{field}: {name!r} is given {names.count(name)} times")
+        _check_reward(name, field, options.get(name))
+    return {name: options.get(name, {}) for name in names}
+
+
 def _check_reward(name: str, field: str, options: dict[str, Any] | None = None) -> None:
     try:
         check_reward(name, options)
@@ -316,3 +429,22 @@ def _check_reward(name: str, field: str, options: dict[str, Any] | None = None) 
 def _check_parent(path: Path, option: str) -> None:
     if not path.parent.is_dir():
         raise UserError(f"{option}: no folder {path.parent} to write {path.name} in")
+
+
+def _check_output(path: Path, option: str) -> None:
+    _check_parent(path, option)
+    if path.is_dir():
+        raise UserError(f"{option}: {path} is a folder; must be a file")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option}: the folder {path.parent} may not be written to")
+
+
+def _page_file(page: Path) -> Path:
+    if page.suffix.lower() in (".html", ".htm"):
+        _check_output(page, "--page")
+        return page
+    if page.exists() and not page.is_dir():
+        raise UserError(f"--page: {page} is a file; must be a folder, or a file named .html")
+    file = page / "index.html"
+    _check_output(file if page.is_dir() else page, "--page")
+    return file

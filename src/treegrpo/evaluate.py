@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-import json
+import gc
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from treegrpo.errors import UserError
 from treegrpo.models.embeddings import cache_folder
-from treegrpo.models.policy import Policy, load_policy
+from treegrpo.models.folder import ModelError
+from treegrpo.models.policy import Policy, load_weights, open_policy
 from treegrpo.plan import RolloutPlan
-from treegrpo.prompts import Prompt, load_prompts
-from treegrpo.rewards import Reward, load_reward, score
+from treegrpo.prompts import Prompt
+from treegrpo.rewards import Reward, RewardError, load_reward, score
 from treegrpo.rollout import rollout
 from treegrpo.transition import transitions
+
+if TYPE_CHECKING:
+    from treegrpo.report.comparison import Comparison, Pictures
+
+FRAMES = 4
+"""Of a video, that a reward is asked about."""
+
+# A decoder takes gigabytes per million pixels; more of them at once are hardly faster.
+_DECODED_PIXELS = 2**21
 
 
 @dataclass(frozen=True)
@@ -65,10 +76,11 @@ def sample(
     videos [prompts, videos_per_prompt, frames, 3, height, width]."""
     plan = RolloutPlan(images_per_prompt, (1,) * steps, (False,) * steps)
     schedule = policy.schedule(steps)
-    noise = policy.noise(len(prompts) * images_per_prompt, generator)
+    # Drawn prompt by prompt, so that the batch's size does not matter.
+    noise = torch.stack([policy.noise(images_per_prompt, generator) for _ in prompts])
     forest = rollout(
         policy.predictor(policy.encode(prompts), steps),
-        noise.view(len(prompts), images_per_prompt, *noise.shape[1:]),
+        noise,
         plan,
         schedule,
         transitions(schedule, plan.stochastic),
@@ -77,6 +89,56 @@ def sample(
     leaves = forest.leaves.flatten(0, 1)
     images = policy.decode(leaves, decode_batch or max_batch, frames)
     return images.view(len(prompts), images_per_prompt, *images.shape[1:])
+
+
+def sample_in_parts(
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    *,
+    images_per_prompt: int,
+    steps: int,
+    seed: int,
+    max_batch: int,
+    decode_batch: int | None = None,
+) -> Iterator[tuple[range, Tensor]]:
+    """`sample` as many prompts at a time as `max_batch` allows: their indices, and their images.
+
+    The noises depend on the seed, the prompts and `images_per_prompt`, not on the model.
+    """
+    generator = torch.Generator(policy.device).manual_seed(seed)
+    count = max(1, max_batch // images_per_prompt)
+    for start in range(0, len(prompts), count):
+        indices = range(start, min(start + count, len(prompts)))
+        images = sample(
+            policy,
+            [prompts[index].text for index in indices],
+            images_per_prompt=images_per_prompt,
+            steps=steps,
+            generator=generator,
+            max_batch=max_batch,
+            decode_batch=decode_batch,
+        )
+        yield indices, images
+
+
+def score_images(
+    name: str,
+    reward: Reward,
+    images: Tensor,
+    prompts: Sequence[Prompt],
+    keep_folder: Path | None,
+    frames: int = FRAMES,
+) -> Tensor:
+    """A reward's scores of what `sample` gives: float32 [prompts, images_per_prompt].
+
+    Raises:
+        RewardError: it failed; its images are left in `keep_folder`.
+    """
+    count = images.shape[1]
+    texts = [prompt.text for prompt in prompts for _ in range(count)]
+    metadata = [dict(prompt.metadata) for prompt in prompts for _ in range(count)]
+    values = score(name, reward, images.flatten(0, 1), texts, metadata, keep_folder, frames)
+    return values.view(len(prompts), count)
 
 
 def evaluate(
@@ -98,42 +160,28 @@ def evaluate(
     Args:
         keep: indices of prompts whose images are kept.
         keep_folder: where a failing reward leaves its images.
-        frames: by reward, how many of a video's it is asked about; 4 if not given.
+        frames: by reward, how many of a video's it is asked about; `FRAMES` if not given.
 
     Raises:
         RewardError: a reward failed.
     """
     start, forwards = time.perf_counter(), policy.forwards
-    generator = torch.Generator(policy.device).manual_seed(seed)
     scores: dict[str, list[Tensor]] = {name: [] for name in rewards}
     kept: list[Tensor] = []
-    chunk = max(1, max_batch // images_per_prompt)
-    for offset in range(0, len(prompts), chunk):
-        part = list(prompts[offset : offset + chunk])
-        images = sample(
-            policy,
-            [prompt.text for prompt in part],
-            images_per_prompt=images_per_prompt,
-            steps=steps,
-            generator=generator,
-            max_batch=max_batch,
-            decode_batch=decode_batch,
-            frames=max((frames or {"": 4}).values()),
-        )
-        texts = [prompt.text for prompt in part for _ in range(images_per_prompt)]
-        metadata = [dict(prompt.metadata) for prompt in part for _ in range(images_per_prompt)]
+    for indices, images in sample_in_parts(
+        policy,
+        prompts,
+        images_per_prompt=images_per_prompt,
+        steps=steps,
+        seed=seed,
+        max_batch=max_batch,
+        decode_batch=decode_batch,
+    ):
+        part = [prompts[index] for index in indices]
         for name, reward in rewards.items():
-            values = score(
-                name,
-                reward,
-                images.flatten(0, 1),
-                texts,
-                metadata,
-                keep_folder,
-                (frames or {}).get(name, 4),
-            )
-            scores[name].append(values.view(len(part), images_per_prompt))
-        wanted = [index - offset for index in sorted(keep) if 0 <= index - offset < len(part)]
+            count = (frames or {}).get(name, FRAMES)
+            scores[name].append(score_images(name, reward, images, part, keep_folder, count))
+        wanted = [index - indices.start for index in sorted(keep) if index in indices]
         kept.append(middle_frames(images[wanted]).cpu())
     return Evaluation(
         tuple(prompt.text for prompt in prompts),
@@ -156,6 +204,11 @@ def default_device() -> torch.device:
     return accelerator or torch.device("cpu")
 
 
+def _decode_batch(policy: Policy) -> int:
+    height, width = policy.sampling.size
+    return max(1, _DECODED_PIXELS // (height * width * (policy.sampling.frames or 1)))
+
+
 def sample_grid(
     model: str,
     prompts: Sequence[str],
@@ -164,25 +217,30 @@ def sample_grid(
     seed: int,
     steps: int | None,
     guidance_scale: float | None,
+    dtype: str,
     out: Path,
 ) -> None:
     """`treegrpo sample`: a picture of `count` samples per prompt."""
     from treegrpo.report.pictures import image_grid
 
-    policy = load_policy(
+    policy = open_policy(
         model,
         device=default_device(),
+        dtype=getattr(torch, dtype),
         cache=cache_folder(),
         steps=steps,
         guidance_scale=guidance_scale,
     )
+    policy.prepare(prompts)
+    load_weights(policy)
     images = sample(
         policy,
         prompts,
         images_per_prompt=count,
         steps=policy.sampling.steps,
         generator=torch.Generator(policy.device).manual_seed(seed),
-        max_batch=64,
+        max_batch=16,
+        decode_batch=_decode_batch(policy),
     )
     image_grid(out, prompts, middle_frames(images).cpu())
     print(f"wrote {out}")
@@ -191,51 +249,206 @@ def sample_grid(
 def evaluate_command(
     model: str,
     *,
-    prompts: str,
-    reward: Sequence[str],
+    base: str | None,
+    prompts: Sequence[Prompt],
+    source: str,
+    rewards: Mapping[str, Mapping[str, Any]],
+    seeds: int,
     images_per_prompt: int,
-    max_prompts: int | None,
-    seed: int,
     steps: int | None,
     guidance_scale: float | None,
+    max_batch: int,
+    dtype: str,
     json_file: Path | None,
-) -> Evaluation:
-    """`treegrpo evaluate`: print each reward's mean and standard error, and write them as JSON."""
-    from rich.console import Console
-    from rich.table import Table
+    page: Path | None,
+) -> Comparison:
+    """`treegrpo evaluate`: score a model and its base on the same noises, and report.
 
-    rewards = {name: load_reward(name) for name in reward}
-    texts = load_prompts(prompts, "held_out")[:max_prompts]
-    policy = load_policy(
+    Args:
+        base: what the model is compared with; None: it is scored alone.
+        source: where the prompts come from; for the report.
+        rewards: names and their options.
+        seeds: of the noises: 0 up to this.
+        json_file: written anew after every batch, so that it always holds what has been scored.
+        page: the HTML file.
+
+    Raises:
+        UserError: something that cannot be used; nothing was sampled.
+        RewardError: a reward failed. The others were finished and reported.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from treegrpo.checkpoint import write_atomically
+    from treegrpo.report import comparison as report
+
+    policies = _open(model, base, steps, guidance_scale, getattr(torch, dtype))
+    loaded = {name: load_reward(name, options) for name, options in rewards.items()}
+    check_prompts(loaded, prompts)
+    comparison = report.Comparison.empty(
         model,
-        device=default_device(),
-        cache=cache_folder(),
-        steps=steps,
-        guidance_scale=guidance_scale,
-    )
-    result = evaluate(
-        policy,
-        texts,
-        rewards,
-        images_per_prompt=images_per_prompt,
-        steps=policy.sampling.steps,
-        seed=seed,
-        max_batch=256,
-    )
-    table = Table("reward", "mean", "standard error")
-    figures: dict[str, Any] = {}
-    for name in rewards:
-        mean, error = result.mean(name), result.standard_error(name)
-        table.add_row(name, f"{mean:.4f}", f"{error:.4f}")
-        figures[name] = {"mean": mean, "standard_error": error}
-    Console().print(table)
-    if json_file is not None:
-        summary = {
-            "model": model,
-            "prompts": len(texts),
+        base,
+        [prompt.text for prompt in prompts],
+        list(rewards),
+        seeds * images_per_prompt,
+        {
+            "source": source,
+            "seeds": seeds,
             "images_per_prompt": images_per_prompt,
-            "seed": seed,
-            "rewards": figures,
-        }
-        json_file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    return result
+            "max_batch": max_batch,
+            **_sampling(policies[-1]),
+            "dtype": dtype,
+            "reward_options": {name: dict(of) for name, of in rewards.items() if of},
+            "versions": report.versions(),
+        },
+    )
+    shown = [] if page is None else report.pictured(len(prompts))
+    pictures: Pictures = {index: {role: [] for role in comparison.roles} for index in shown}
+    folder = next((path.parent for path in (json_file, page) if path is not None), None)
+    keep_folder = None if folder is None else folder / "failed_reward"
+
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:  # lines of a log file are not as short as 80 letters
+        console = Console(markup=False, highlight=False, width=120)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    failures = 0
+    for role in comparison.roles:
+        console.print(f"sampling {base if role == report.BASE else model}")
+        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+            task = progress.add_task(role, total=len(prompts) * seeds * images_per_prompt)
+            # Popped, so that nothing keeps the first model in memory.
+            for indices, noises, images in _score_in_parts(
+                comparison, role, policies.pop(0), prompts, loaded, keep_folder
+            ):
+                if json_file is not None:
+                    write_atomically(json_file, report.to_json(comparison))
+                if comparison.failures.keys() == rewards.keys():
+                    raise RewardError("; ".join(comparison.failures.values()))
+                for message in list(comparison.failures.values())[failures:]:
+                    console.print(f"error: {message}; going on without it")
+                failures = len(comparison.failures)
+                wanted = max(0, report.PICTURED_PAIRS - noises.start)
+                for index, row in zip(indices, middle_frames(images), strict=True):
+                    if index in pictures:
+                        pictures[index][role] += [report.thumbnail(one) for one in row[:wanted]]
+                progress.advance(task, len(indices) * len(noises))
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    console.print(report.table(comparison))
+    if json_file is not None:
+        console.print(f"wrote {json_file}")
+    if page is not None:
+        page.parent.mkdir(exist_ok=True)
+        report.write_page(page, comparison, pictures)
+        console.print(f"wrote {page}")
+    if comparison.failures:
+        raise RewardError("; ".join(comparison.failures.values()))
+    return comparison
+
+
+def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:
+    """Let each reward refuse prompts that it cannot score.
+
+    Raises:
+        UserError: names the reward and the prompt.
+    """
+    texts = [prompt.text for prompt in prompts]
+    metadata = [dict(prompt.metadata) for prompt in prompts]
+    for name, reward in rewards.items():
+        check = getattr(reward, "check", None)
+        if check is not None:
+            try:
+                check(texts, metadata)
+            except UserError as error:
+                raise UserError(f"reward {name!r}: {error}") from error
+
+
+def _open(
+    model: str,
+    base: str | None,
+    steps: int | None,
+    guidance_scale: float | None,
+    dtype: torch.dtype,
+) -> list[Policy]:
+    """The base, if any, and the model, without weights, both sampled as the model is."""
+    settings: dict[str, Any] = {
+        "device": default_device(),
+        "dtype": dtype,
+        "cache": cache_folder(),
+    }
+    trained = open_policy(model, steps=steps, guidance_scale=guidance_scale, **settings)
+    if base is None:
+        return [trained]
+    overrides = asdict(trained.sampling)
+    overrides.pop("base_model")
+    try:
+        # What is not of the same family has other settings, which would be refused first.
+        family = open_policy(base, **settings).pipeline_name
+        if family != trained.pipeline_name:
+            raise ModelError(
+                f"{base} is a {family}, {model} a {trained.pipeline_name}; they cannot be compared"
+            )
+        policy = open_policy(base, **settings, **overrides)
+    except ModelError as error:
+        raise ModelError(f"--base: {str(error).removeprefix('model.path: ')}") from error
+    if policy.latent_shape != trained.latent_shape:
+        raise ModelError(
+            f"--base: {base} starts from noise of shape {list(policy.latent_shape)}, {model} from "
+            f"{list(trained.latent_shape)}; they cannot be compared"
+        )
+    return [policy, trained]
+
+
+def _score_in_parts(
+    comparison: Comparison,
+    role: str,
+    policy: Policy,
+    prompts: Sequence[Prompt],
+    rewards: Mapping[str, Reward],
+    keep_folder: Path | None,
+) -> Iterator[tuple[range, range, Tensor]]:
+    """Load a policy and score it into `comparison`: after every batch its prompts, its noises and
+    its images.
+
+    A reward that fails is noted and not asked again.
+    """
+    settings = comparison.settings
+    count: int = settings["images_per_prompt"]
+    policy.prepare(comparison.prompts)
+    load_weights(policy)
+    for seed in range(settings["seeds"]):
+        noises = range(seed * count, (seed + 1) * count)
+        for indices, images in sample_in_parts(
+            policy,
+            prompts,
+            images_per_prompt=count,
+            steps=policy.sampling.steps,
+            seed=seed,
+            max_batch=settings["max_batch"],
+            decode_batch=_decode_batch(policy),
+        ):
+            part = [prompts[index] for index in indices]
+            place = slice(indices.start, indices.stop), slice(noises.start, noises.stop)
+            for name, reward in rewards.items():
+                if name in comparison.failures:
+                    continue
+                try:
+                    scores = score_images(name, reward, images, part, keep_folder)
+                except RewardError as error:
+                    comparison.failures[name] = str(error)
+                else:
+                    comparison.scores[name][role][place] = scores.double().cpu()
+            yield indices, noises, images
+
+
+def _sampling(policy: Policy) -> dict[str, Any]:
+    """How and where images are made; for the report."""
+    values = asdict(policy.sampling)
+    del values["base_model"]
+    device = policy.device
+    return {
+        "pipeline": policy.pipeline_name,
+        "sampling": {name: value for name, value in values.items() if value is not None},
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }

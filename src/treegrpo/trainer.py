@@ -33,7 +33,7 @@ from treegrpo.advantage import (
 from treegrpo.config import Config, RolloutConfig
 from treegrpo.console import Display, stop_signal
 from treegrpo.errors import UserError
-from treegrpo.evaluate import Evaluation, default_device, evaluate
+from treegrpo.evaluate import Evaluation, check_prompts, default_device, evaluate
 from treegrpo.models.embeddings import cache_folder
 from treegrpo.models.folder import LORA_FILE, ModelError, resolve
 from treegrpo.models.policy import (
@@ -203,7 +203,7 @@ class Trainer:
         )
         self.warnings = _shared_prompts(train_prompts, self.held_out)
         self.held_out = self.held_out[: config.evaluation.max_prompts]
-        self._check_prompts([*train_prompts, *self.held_out])
+        check_prompts(self.rewards, [*train_prompts, *self.held_out])
         # Spread over the list, whose neighbors are often alike.
         count = min(PICTURED_PROMPTS, len(self.held_out))
         self.pictured = [(2 * i + 1) * len(self.held_out) // (2 * count) for i in range(count)]
@@ -599,18 +599,6 @@ class Trainer:
         if self.config.objective.reference_on_cpu:
             self.reference.cpu()
         return means
-
-    def _check_prompts(self, prompts: Sequence[Prompt]) -> None:
-        """Let each reward refuse prompts that it cannot score."""
-        texts = [prompt.text for prompt in prompts]
-        metadata = [dict(prompt.metadata) for prompt in prompts]
-        for name, reward in self.rewards.items():
-            check = getattr(reward, "check", None)
-            if check is not None:
-                try:
-                    check(texts, metadata)
-                except UserError as error:
-                    raise UserError(f"reward {name!r}: {error}") from error
 
     def prepare_prompts(self, say: Callable[[str], None] = print) -> None:
         """Compute the embeddings of the run's prompts; the text encoders then leave memory."""

@@ -39,7 +39,7 @@ BEST_SCORES = {
 PICTURED_PROMPTS = 64
 PICTURED_PAIRS = 2
 """Of one prompt."""
-_THUMBNAIL = 384
+_THUMBNAIL = 320
 """Pixels of a picture's longer side in the page, at most."""
 _PIXELATED = 128
 """Pictures up to this size stay lossless and are enlarged without smoothing."""
@@ -70,7 +70,7 @@ class Figures:
     normalized_score: float | None = None
 
 
-def figures(trained: Tensor, base: Tensor | None, best: float | None = None) -> Figures:
+def compare(trained: Tensor, base: Tensor | None, best: float | None = None) -> Figures:
     """Compare scores [prompts, noises].
 
     Args:
@@ -145,7 +145,7 @@ class Comparison:
     def figures(self) -> dict[str, Figures]:
         """Of the rewards that have scored every image."""
         return {
-            reward: figures(models[TRAINED], models.get(BASE), BEST_SCORES.get(reward))
+            reward: compare(models[TRAINED], models.get(BASE), BEST_SCORES.get(reward))
             for reward, models in self.scores.items()
             if all(scores.isfinite().all() for scores in models.values())
         }
@@ -258,7 +258,7 @@ def thumbnail(image: Tensor) -> str:
     picture, file = Image.fromarray(pixels.cpu().numpy()), io.BytesIO()
     kind = "png" if max(picture.size) <= _PIXELATED else "jpeg"
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)
-    picture.save(file, format=kind, quality=85)
+    picture.save(file, format=kind, quality=80)
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
 
 
@@ -285,7 +285,7 @@ def write_page(path: Path, comparison: Comparison, pictures: Pictures) -> None:
 <h1>{escape(title)}</h1>
 {_summary(comparison)}
 {_controls(comparison, rewards, len(pictures))}
-<main id="prompts">
+<main id="prompts" class="{"pairs" if comparison.base else "single"}">
 {cards}
 </main>
 <h2>How it was made</h2>
@@ -312,7 +312,7 @@ def _summary(comparison: Comparison) -> str:
         for reward, message in comparison.failures.items()
     )
     return (
-        f'<table class="summary">{"".join(lines)}</table>\n'
+        f'<div class="wide"><table class="summary">{"".join(lines)}</table></div>\n'
         f'<p class="muted">{escape(_explanation(comparison))}</p>{failures}'
     )
 
@@ -364,9 +364,9 @@ def _card(
     prompt, roles = escape(comparison.prompts[index]), comparison.roles
     pairs = []
     for number in range(len(images[TRAINED])):
-        figures = "".join(
-            f'<figure><img src="{images[role][number]}" alt="{role}: {prompt}" loading="lazy">'
-            f"<figcaption>{role}</figcaption></figure>"
+        pictures = "".join(
+            f"<figure><figcaption>{role if len(roles) > 1 else ''}</figcaption>"
+            f'<img src="{images[role][number]}" alt="{role}: {prompt}"></figure>'
             for role in roles
         )
         lines = []
@@ -376,7 +376,7 @@ def _card(
                 difference = of[TRAINED][number] - of[BASE][number]
                 cells.append(_colored(f"{difference:+.4f}", difference))
             lines.append(_line("td", [escape(reward), *cells]))
-        pairs.append(f'<div class="pair">{figures}</div><table>{"".join(lines)}</table>')
+        pairs.append(f'<div class="pair">{pictures}</div><table>{"".join(lines)}</table>')
     return (
         f'<article data-index="{index}" data-keys="{json.dumps(keys)}"><h3>{prompt}</h3>'
         f"{''.join(pairs)}</article>"
@@ -409,7 +409,8 @@ table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; }}
 th {{ font-weight: 600; }}
 td, th {{ padding: .15rem .7rem .15rem 0; text-align: right; }}
 td:first-child, th:first-child, .making td {{ text-align: left; vertical-align: top; }}
-.summary td, .summary th {{ padding: .35rem 1.5rem .35rem 0;
+.wide {{ overflow-x: auto; }}
+.summary td, .summary th {{ white-space: nowrap; padding: .35rem 1.5rem .35rem 0;
   border-bottom: 1px solid {style.RULE}; }}
 .making td:first-child {{ color: {style.MUTED}; padding-right: 1.5rem; }}
 .making td {{ overflow-wrap: anywhere; }}
@@ -417,10 +418,12 @@ td:first-child, th:first-child, .making td {{ text-align: left; vertical-align: 
 .good {{ color: {style.GOOD}; }}
 .bad {{ color: {style.BAD}; }}
 .controls {{ display: flex; flex-wrap: wrap; gap: .75rem; align-items: center; padding: .6rem 0;
-  position: sticky; top: 0; background: {style.PAPER}; }}
+  position: sticky; top: 0; z-index: 1; background: {style.PAPER}; }}
 select {{ font: inherit; padding: .2rem .4rem; }}
 #prompts {{ display: grid; gap: 1.25rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(34rem, 100%), 1fr)); }}
+  grid-template-columns: repeat(auto-fill, minmax(min(var(--card), 100%), 1fr)); }}
+.pairs {{ --card: 34rem; }}
+.single {{ --card: 17rem; }}
 article {{ border: 1px solid {style.RULE}; border-radius: .5rem; padding: 1rem; min-width: 0; }}
 article[hidden] {{ display: none; }}
 .pair {{ display: flex; gap: .75rem; }}

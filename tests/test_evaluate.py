@@ -1,0 +1,450 @@
+"""`treegrpo evaluate`: a model beside its base, through the command line."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_checkpoints.stable_diffusion
+import tiny_checkpoints.wan
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from treegrpo import cli, evaluate
+from treegrpo.errors import UserError
+from treegrpo.models.policy import load_policy
+from treegrpo.report import comparison
+from treegrpo.report.comparison import compare
+
+REWARD = f"{__name__}:weighted_brightness"
+
+
+def weighted_brightness(
+    images: torch.Tensor, prompts: list[str], metadata: list[dict[str, Any]]
+) -> torch.Tensor:
+    weights = torch.tensor([one.get("weight", 1.0) for one in metadata])
+    return images.mean((1, 2, 3)) * weights
+
+
+failed: list[list[str]] = []
+
+
+def fails_on_bright_images(
+    images: torch.Tensor, prompts: list[str], metadata: object
+) -> torch.Tensor:
+    if images.mean() > 0.5:
+        failed.append(prompts)
+        raise RuntimeError("too bright")
+    return images.mean((1, 2, 3))
+
+
+class RefusesColor:
+    def __init__(self, color: str = "red") -> None:
+        self.color = color
+
+    def check(self, prompts: list[str], metadata: object) -> None:
+        for prompt in prompts:
+            if self.color in prompt:
+                raise UserError(f"prompt {prompt!r} is {self.color}")
+
+    def __call__(self, images: torch.Tensor, prompts: list[str], metadata: object) -> torch.Tensor:
+        return images.mean((1, 2, 3))
+
+
+@pytest.fixture(autouse=True)
+def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def treegrpo(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs `treegrpo evaluate`: the exit code, standard output and standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["treegrpo", "evaluate", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        output = capsys.readouterr()
+        assert isinstance(caught.value.code, int)
+        return caught.value.code, output.out, output.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def gray(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Checkpoints whose every image is one gray, by its brightness."""
+
+    def build(brightness: float) -> Path:
+        folder = tmp_path_factory.mktemp("gray") / "model"
+        shutil.copytree(tiny_checkpoint, folder)
+        file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+        weights = load_file(file)
+        weights["decoder.conv_out.weight"].zero_()
+        weights["decoder.conv_out.bias"].fill_(2 * brightness - 1)
+        save_file(weights, file, metadata={"format": "pt"})
+        return folder
+
+    return build
+
+
+SHORT = ("--steps", 2, "--max-prompts", 2, "--images-per-prompt", 1)
+
+
+def test_figures_are_those_of_the_formulas() -> None:
+    trained = torch.tensor([[1.0, 3.0], [2.0, 4.0], [0.0, 5.0]], dtype=torch.float64)
+    base = torch.tensor([[1.0, 1.0], [3.0, 1.0], [0.0, 0.0]], dtype=torch.float64)
+    found = compare(trained, base, best=10.0)
+    # Prompts' means are 2, 3, 2.5 and 1, 2, 0; their differences 1, 1, 2.5.
+    assert (found.mean, found.base_mean, found.difference) == (2.5, 1.0, 1.5)
+    assert found.standard_error == pytest.approx(0.5 / 3**0.5)
+    assert found.base_standard_error == pytest.approx(1 / 3**0.5)
+    assert found.difference_standard_error == pytest.approx(0.75**0.5 / 3**0.5)
+    # Prompts' win rates are 3/4, 1/2, 3/4.
+    assert found.win_rate == pytest.approx(2 / 3)
+    assert found.win_rate_standard_error == pytest.approx((1 / 48) ** 0.5 / 3**0.5)
+    assert found.normalized_score == pytest.approx(1.5 / 9)
+    # One prompt says nothing about the spread over prompts, and a perfect base leaves no room.
+    single = compare(trained[:1], trained[:1], best=2.0)
+    assert single.difference == 0 and single.win_rate == 0.5
+    assert single.standard_error is single.normalized_score is None
+
+
+def test_a_model_is_exactly_as_good_as_itself(treegrpo, tiny_checkpoint: Path) -> None:
+    rewards = ("--rewards", f"composition,{REWARD}", "--reward", "jpeg_compressibility")
+    code, out, _ = treegrpo(
+        tiny_checkpoint, "--base", tiny_checkpoint, *SHORT, *rewards, "--seeds", 2, "--json", "a"
+    )
+    assert code == 0
+    assert "50.0%" in out
+    summary = json.loads(Path("a").read_text())
+    assert list(summary["rewards"]) == ["composition", REWARD, "jpeg_compressibility"]
+    for figures in summary["rewards"].values():
+        assert figures["difference"] == figures["difference_standard_error"] == 0
+        assert figures["win_rate"] == 0.5
+        assert figures["mean"] == figures["base_mean"]
+    for prompt in summary["per_prompt"]:
+        scores = prompt["scores"][REWARD]
+        assert scores["base"] == scores["trained"]
+        assert len(set(scores["trained"])) == 2  # the seeds' noises are independent
+
+
+def test_scores_are_those_of_the_images(treegrpo, tiny_checkpoint: Path) -> None:
+    treegrpo(tiny_checkpoint, *SHORT, "--reward", REWARD, "--seeds", 2, "--json", "scores.json")
+    summary = json.loads(Path("scores.json").read_text())
+    assert summary["base"] is None
+    policy = load_policy(str(tiny_checkpoint), device=torch.device("cpu"))
+    prompts = [one["prompt"] for one in summary["per_prompt"]]
+    for seed in range(2):
+        images = evaluate.sample(
+            policy,
+            prompts,
+            images_per_prompt=1,
+            steps=2,
+            generator=torch.Generator().manual_seed(seed),
+            max_batch=16,
+        )
+        means = (images * 255).round().mean((1, 2, 3, 4)) / 255
+        scores = [one["scores"][REWARD]["trained"][seed] for one in summary["per_prompt"]]
+        assert scores == pytest.approx(means.tolist(), rel=1e-6)
+
+
+def test_rewards_get_their_options(treegrpo, tiny_checkpoint: Path) -> None:
+    name = f"{__name__}:RefusesColor"
+    options = {name: {"color": "pink"}}
+    Path("options.yaml").write_text(yaml.safe_dump(options))
+    arguments = ("--rewards", name, "--reward-options", "options.yaml", "--json", "s.json")
+    code, _, _ = treegrpo(tiny_checkpoint, *SHORT, *arguments)
+    assert code == 0
+    assert json.loads(Path("s.json").read_text())["reward_options"] == options
+
+
+def test_a_known_shift_gives_known_figures(treegrpo, gray: Callable[..., Path]) -> None:
+    weights = {"plain": 1.0, "nothing": 0.0, "reversed": -1.0, "double": 2.0}
+    lines = [json.dumps({"text": text, "weight": weight}) for text, weight in weights.items()]
+    Path("prompts.jsonl").write_text("\n".join(lines))
+    code, _, _ = treegrpo(
+        gray(0.8),
+        *("--base", gray(0.2), "--prompts", "prompts.jsonl", "--column", "text"),
+        *("--rewards", REWARD, "--steps", 2, "--seeds", 2, "--max-batch", 3, "--json", "s.json"),
+    )
+    assert code == 0
+    summary = json.loads(Path("s.json").read_text())
+    figures = summary["rewards"][REWARD]
+    # Differences are 0.6 times the weights, whose mean is 0.5 and whose variance is 5/3.
+    assert figures["base_mean"] == pytest.approx(0.1)
+    assert figures["mean"] == pytest.approx(0.4)
+    assert figures["difference"] == pytest.approx(0.3)
+    assert figures["difference_standard_error"] == pytest.approx(0.6 * (5 / 3) ** 0.5 / 2)
+    assert figures["win_rate"] == (1 + 0.5 + 0 + 1) / 4
+    assert figures["normalized_score"] is None
+    assert summary["sampling"]["steps"] == 2
+    assert [one["prompt"] for one in summary["per_prompt"]] == list(weights)
+    assert summary["per_prompt"][3]["scores"][REWARD] == {
+        "base": pytest.approx([0.4] * 4),
+        "trained": pytest.approx([1.6] * 4),
+    }
+
+
+# --- which base ---
+
+
+def lora_export(base: Path, folder: Path) -> Path:
+    """Adapters that change something: fresh ones are the identity."""
+    policy = load_policy(str(base), device=torch.device("cpu"))
+    policy.add_lora(2, 2.0, None)
+    torch.manual_seed(0)
+    for parameter in policy.network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    policy.save(folder, str(base))
+    return folder
+
+
+def test_adapters_are_compared_with_their_checkpoint(treegrpo, tiny_checkpoint: Path) -> None:
+    model = lora_export(tiny_checkpoint, Path("adapters"))
+    code, out, _ = treegrpo(model, *SHORT, "--reward", REWARD, "--json", "s.json")
+    assert code == 0
+    assert f"sampling {tiny_checkpoint}" in out.replace("\n", "")
+    summary = json.loads(Path("s.json").read_text())
+    assert summary["base"] == str(tiny_checkpoint)
+    assert summary["rewards"][REWARD]["difference"] != 0
+
+
+def test_a_runs_model_is_compared_with_what_it_was_trained_from(
+    treegrpo, tiny_checkpoint: Path
+) -> None:
+    shutil.copytree(tiny_checkpoint, "runs/x/model")
+    sampling = {"steps": 3, "height": 48, "width": 16}  # as it was trained
+    Path("runs/x/model/sampling.json").write_text(json.dumps(sampling))
+    Path("runs/x/config.yaml").write_text(yaml.safe_dump({"model": {"path": str(tiny_checkpoint)}}))
+    arguments = ("--max-prompts", 1, "--reward", REWARD, "--json", "s.json")
+    code, _, _ = treegrpo("runs/x/model/", *arguments)
+    assert code == 0
+    summary = json.loads(Path("s.json").read_text())
+    assert summary["base"] == str(tiny_checkpoint)
+    assert summary["sampling"].items() >= sampling.items()
+    assert summary["rewards"][REWARD]["difference"] == 0
+    code, _, _ = treegrpo("runs/x/model", "--base", "none", *arguments)
+    assert json.loads(Path("s.json").read_text())["base"] is None
+    Path("runs/x/config.yaml").write_text("model: {path: ./moved}")
+    code, _, err = treegrpo("runs/x/model", *arguments)
+    assert code == 2
+    assert "config.yaml (--base names another): no folder ./moved" in err
+
+
+# --- the page ---
+
+
+class Page(HTMLParser):
+    """Text, and by their descriptions the images of a page that loads nothing."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.text = ""
+        self.images: dict[str, list[Image.Image]] = {}
+        self.keys: list[list[float]] = []
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        values = dict(attributes)
+        assert tag != "link" and "onclick" not in values
+        if tag == "article":
+            self.keys.append(json.loads(values["data-keys"] or ""))
+        if source := values.get("src"):
+            kind, _, data = source.partition(";base64,")
+            assert kind in ("data:image/png", "data:image/jpeg")
+            image = Image.open(io.BytesIO(base64.b64decode(data)))
+            self.images.setdefault(values["alt"] or "", []).append(image.convert("RGB"))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_shows_both_images_of_every_prompt(treegrpo, gray: Callable[..., Path]) -> None:
+    prompts = ['a "red" circle <script>alert(1)</script>', "blue & green"]
+    Path("prompts.txt").write_text("\n".join(prompts))
+    code, out, _ = treegrpo(
+        gray(0.8),
+        *("--base", gray(0.2), "--prompts", "prompts.txt", "--reward", REWARD),
+        *("--images-per-prompt", 1, "--steps", 2, "--page", "report"),
+    )
+    assert code == 0
+    assert "wrote report/index.html" in out
+    page = Page(Path("report/index.html"))
+    for prompt in prompts:
+        assert prompt in page.text
+        (base,), (trained,) = (page.images[f"{role}: {prompt}"] for role in ("base", "trained"))
+        assert base.getpixel((16, 16)) == (51, 51, 51)
+        assert trained.getpixel((16, 16)) == (204, 204, 204)
+    assert len(page.images) == 4
+    assert page.keys == [[pytest.approx(0.6)]] * 2
+    for words in ("0.2000", "0.8000", "+0.6000", "100.0%", torch.__version__, "2 prompts"):
+        assert words in page.text
+
+
+def test_a_page_of_many_prompts_says_which_it_shows(
+    treegrpo, gray: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "PICTURED_PROMPTS", 2)
+    Path("prompts.txt").write_text("\n".join("abcdef"))
+    treegrpo(
+        gray(0.8),
+        *("--prompts", "prompts.txt", "--reward", REWARD, "--images-per-prompt", 3),
+        *("--steps", 2, "--seeds", 2, "--max-batch", 6, "--page", "alone.HTML"),
+    )
+    page = Page(Path("alone.HTML"))
+    assert "2 of 6 prompts" in page.text
+    assert {name: len(images) for name, images in page.images.items()} == {
+        "trained: b": 2,
+        "trained: e": 2,
+    }
+
+
+def test_large_images_become_small_files() -> None:
+    gradient = torch.linspace(0, 1, 1024).expand(3, 512, 1024)
+    kind, _, data = comparison.thumbnail(gradient).partition(";base64,")
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert (kind, image.size) == ("data:image/jpeg", (320, 160))
+
+
+def test_a_videos_middle_frame_is_shown(treegrpo) -> None:
+    tiny_checkpoints.wan.build(Path("wan"))
+    Path("prompts.txt").write_text("a cat")
+    arguments = ("--prompts", "prompts.txt", "--images-per-prompt", 1, "--steps", 2)
+    code, _, _ = treegrpo("wan", *arguments, "--reward", REWARD, "--page", "p.html")
+    assert code == 0
+    policy = load_policy("wan", device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    (video,) = evaluate.sample(
+        policy, ["a cat"], images_per_prompt=1, steps=2, generator=generator, max_batch=1
+    )[0]
+    assert len(video) == 5
+    expected = (video[2] * 255).round().byte().permute(1, 2, 0)
+    (shown,) = Page(Path("p.html")).images["trained: a cat"]
+    assert torch.equal(torch.tensor(np.asarray(shown)), expected)
+
+
+# --- what goes wrong ---
+
+
+def test_a_failing_reward_costs_neither_the_others_nor_its_own_scores(
+    treegrpo, gray: Callable[..., Path]
+) -> None:
+    failing = f"{__name__}:fails_on_bright_images"
+    code, out, err = treegrpo(
+        gray(0.8),
+        *("--base", gray(0.2), *SHORT, "--rewards", f"{failing},{REWARD}"),
+        *("--max-batch", 1, "--json", "s.json", "--page", "p.html"),
+    )
+    assert code == 2
+    assert len(failed) == 1  # and was not asked again
+    assert "too bright" in err and "Traceback" not in err
+    assert "100.0%" in out
+    summary = json.loads(Path("s.json").read_text())
+    assert not summary["complete"]
+    assert list(summary["rewards"]) == [REWARD]
+    assert "too bright" in summary["failures"][failing]
+    for one in summary["per_prompt"]:
+        assert one["scores"][failing] == {"base": [pytest.approx(0.2)], "trained": [None]}
+        assert one["scores"][REWARD]["trained"] == [pytest.approx(0.8)]
+    assert "is left out" in Page(Path("p.html")).text
+    # Without any reward left, nothing more is sampled; what there is has been written.
+    code, out, err = treegrpo(
+        gray(0.8), *("--base", gray(0.2), *SHORT, "--reward", failing, "--json", "alone.json")
+    )
+    assert code == 2
+    assert "too bright" in err
+    alone = json.loads(Path("alone.json").read_text())
+    assert alone["per_prompt"] == [
+        {"prompt": one["prompt"], "scores": {failing: one["scores"][failing]}}
+        for one in summary["per_prompt"]
+    ]
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*arguments: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(evaluate, "load_weights", load)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rewards", "composition,compositon"], "--rewards: reward 'compositon' is unknown"),
+        (["--rewards", "ocr", "--reward", "ocr"], "--rewards: 'ocr' is given 2 times"),
+        (["--rewards", "composition,"], "--rewards: reward '' is unknown"),
+        (["--prompts", "prompts.txt"], "--rewards: must be given"),
+        (["--prompts", "prompts.txt", "--column", "x", "--reward", "q:r"], "--reward: reward"),
+        (["--reward-options", "none.yaml"], "--reward-options: none.yaml does not exist"),
+        (["--reward-options", "prompts.txt"], "--reward-options: prompts.txt must hold options"),
+        (["--reward-options", "hpsv2.yaml"], "--reward-options: hpsv2.yaml has options of 'hpsv2'"),
+        (
+            ["--reward-options", "hpsv2.yaml", "--reward", "hpsv2"],
+            "--reward: reward 'hpsv2': unknown option 'pth'; did you mean 'path'?",
+        ),
+        (["--seeds", "0"], "Invalid value for '--seeds'"),
+        (["--dtype", "float16"], "Invalid value for '--dtype'"),
+        (["--json", "folder"], "--json: folder is a folder; must be a file"),
+        (["--json", "locked/s.json"], "--json: the folder locked may not be written to"),
+        (["--page", "no/folder/at/all"], "--page: no folder no/folder/at to write all in"),
+        (["--page", "prompts.txt"], "--page: prompts.txt is a file; must be a folder, or"),
+        (["--page", "locked"], "--page: the folder locked may not be written to"),
+        (["--base", "./nothing"], "--base: no folder ./nothing"),
+        (["--base", "other"], "--base: other is a StableDiffusionPipeline, "),
+        (["--base", "deeper"], "--base: deeper starts from noise of shape [8, "),
+        (
+            ["--reward", f"{__name__}:RefusesColor"],
+            f"reward '{__name__}:RefusesColor': prompt 'a red",
+        ),
+    ],
+)
+def test_mistakes_are_refused_before_weights_are_read(
+    arguments: list[str],
+    message: str,
+    treegrpo,
+    tiny_checkpoint: Path,
+    no_weights: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("prompts.txt").write_text("a cat")
+    Path("hpsv2.yaml").write_text("hpsv2: {pth: x}")
+    Path("folder").mkdir()
+    Path("locked").mkdir()
+    # Not by permissions: whoever runs the tests may have all of them.
+    access = os.access
+    monkeypatch.setattr(
+        os,
+        "access",
+        lambda path, mode: access(path, mode) and (mode != os.W_OK or str(path) != "locked"),
+    )
+    if "other" in arguments:
+        tiny_checkpoints.stable_diffusion.build_1_5(Path("other"))
+    if "deeper" in arguments:
+        shutil.copytree(tiny_checkpoint, "deeper")
+        for part in ("transformer", "vae"):
+            file = Path("deeper") / part / "config.json"
+            config = json.loads(file.read_text())
+            key = "in_channels" if part == "transformer" else "latent_channels"
+            file.write_text(json.dumps({**config, key: 8}))
+    code, out, err = treegrpo(tiny_checkpoint, *arguments)
+    assert code == 2
+    assert out == ""
+    assert message in " ".join(err.replace("│", " ").split())
+    assert not Path("s.json").exists()
