@@ -10,15 +10,18 @@ from __future__ import annotations
 import copy
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -47,7 +50,7 @@ from treegrpo.plan import RolloutPlan, WindowSchedule
 from treegrpo.prompts import Prompt, PromptSampler, load_train_and_held_out, overlap
 from treegrpo.report.model_card import write_model_card
 from treegrpo.report.run import RunLog, TrainingResult, describe, write_report, write_versions
-from treegrpo.rewards import Reward, load_reward, score
+from treegrpo.rewards import Reward, RewardError, load_reward, score
 from treegrpo.rollout import Predict, Rollout, join, rollout
 from treegrpo.transition import transitions
 
@@ -55,6 +58,8 @@ from treegrpo.transition import transitions
 # computes in bfloat16 on batches of different shapes.
 LARGEST_RATIO_ERROR = 1e-3
 PICTURED_PROMPTS = 8
+# How long processes wait for one that waits for a reward server, before they take it for dead.
+PROCESS_PATIENCE = timedelta(hours=2)
 
 
 def build_plan(rollout: RolloutConfig, window_start: int) -> RolloutPlan:
@@ -143,8 +148,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         else:
             log.evaluation(0, before)
         evaluated_at = 0
+        interrupted, late = False, trainer.seconds >= limit
         try:
-            while trainer.iteration < config.train.iterations and trainer.seconds < limit:
+            while trainer.iteration < config.train.iterations and not (interrupted or late):
                 metrics = trainer.iterate()
                 log.metrics(metrics)
                 display.show(metrics, trainer.seconds_left(limit))
@@ -153,10 +159,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
                     log.evaluation(evaluated_at, last)
                 if _is_due(config.train.save_every, trainer.iteration):
                     trainer.save()
-                if stop.requested:
-                    break
+                interrupted, late = trainer.anywhere(stop.requested, trainer.seconds >= limit)
         finally:
             trainer.save()
+            if isinstance(sys.exception(), RewardError):
+                # It is raised on all processes; a launcher ends them all when the first has ended.
+                trainer.accelerator.wait_for_everyone()
         if evaluated_at != trainer.iteration:
             last = trainer.evaluate()
             log.evaluation(trainer.iteration, last)
@@ -168,7 +176,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         trainer.seconds,
         trainer.rollout_forwards,
         trainer.update_forwards,
-        stop.requested,
+        interrupted,
     )
     if trainer.is_main:
         trainer.export(config.output / "model")
@@ -212,8 +220,13 @@ class Trainer:
         device = config.model.device
         chosen = default_device() if device == "auto" else torch.device(device)
         # Some networks have layers that get no gradient, such as the last block's text layers.
-        distributed = DistributedDataParallelKwargs(find_unused_parameters=True)
-        self.accelerator = Accelerator(cpu=chosen.type == "cpu", kwargs_handlers=[distributed])
+        distributed = DistributedDataParallelKwargs(
+            find_unused_parameters=True, gradient_as_bucket_view=True
+        )
+        self.accelerator = Accelerator(
+            cpu=chosen.type == "cpu",
+            kwargs_handlers=[distributed, InitProcessGroupKwargs(timeout=PROCESS_PATIENCE)],
+        )
         self.is_main = self.accelerator.is_main_process
         ranks = self.accelerator.num_processes
         if config.rollout.prompts_per_iteration % (ranks * config.train.updates_per_iteration):
@@ -271,9 +284,9 @@ class Trainer:
             weight_decay=config.train.weight_decay,
             fused=True,
         )
-        self.policy.network, self.optimizer = self.accelerator.prepare(
-            self.policy.network, optimizer
-        )
+        # The policy keeps the bare network, which alone can be exported, and which samples without
+        # waiting for other processes.
+        self.network, self.optimizer = self.accelerator.prepare(self.policy.network, optimizer)
         decay = config.train.ema_decay
         self.average = None if decay is None else EMAModel(self.parameters, decay=decay)
         self.reference = self._build_reference()
@@ -294,10 +307,11 @@ class Trainer:
             numbers = self._own_share(range(config.rollout.prompts_per_iteration))
             drawn = self.sampler.next(config.rollout.prompts_per_iteration)
             prompts = [drawn[number] for number in numbers]
-            forest, rewards = self._sample(prompts, numbers, shape, watch)
+            with self._failing_together():
+                forest, rewards = self._sample(prompts, numbers, shape, watch)
             advantages = self._advantages(rewards, forest)
             with watch("update"):
-                predict = self._predictor(prompts)
+                predict = self._predictor(prompts, self.network)
                 reference = self._reference_means(predict, forest, prompts)
                 first, all_updates, gradient_norm = self._update(
                     predict, forest, advantages, reference
@@ -308,8 +322,9 @@ class Trainer:
             raise
         self.iteration += 1
         self.seconds += watch.total
-        self.rollout_forwards += forest.forwards * self.accelerator.num_processes
-        self.update_forwards += all_updates.forwards * self.accelerator.num_processes
+        rollout_forwards = forest.forwards * self.accelerator.num_processes
+        self.rollout_forwards += rollout_forwards
+        self.update_forwards += all_updates.forwards
         return {
             "iteration": self.iteration - 1,
             **self._reward_metrics(rewards),
@@ -321,9 +336,9 @@ class Trainer:
             "kl": all_updates.kl,
             "loss": all_updates.loss,
             "gradient_norm": gradient_norm,
-            "effective_sample_size": advantages.effective_sample_size,
+            "effective_sample_size": self._mean_over_processes(advantages.effective_sample_size),
             "window_start": window_start,
-            "rollout_forwards": forest.forwards,
+            "rollout_forwards": rollout_forwards,
             "update_forwards": all_updates.forwards,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": watch.total,
@@ -341,9 +356,41 @@ class Trainer:
         """This process's prompts; a prompt's whole group lives on one process."""
         return items[self.accelerator.process_index :: self.accelerator.num_processes]
 
-    def _predictor(self, prompts: Sequence[Prompt]) -> Predict:
+    def _predictor(
+        self, prompts: Sequence[Prompt], network: torch.nn.Module | None = None
+    ) -> Predict:
         conditioning = self.policy.encode([prompt.text for prompt in prompts])
-        return self.policy.predictor(conditioning, self.config.rollout.steps)
+        return self.policy.predictor(conditioning, self.config.rollout.steps, network)
+
+    @contextmanager
+    def _failing_together(self) -> Iterator[None]:
+        """A reward that fails one process fails all, which would wait for that one in vain."""
+        failure = None
+        try:
+            yield
+        except RewardError as error:
+            failure = error
+        everyones = gather_object([None if failure is None else str(failure)])
+        if failure is not None:
+            raise failure
+        for message in filter(None, everyones):
+            raise RewardError(message)
+
+    def anywhere(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set on some process: all must leave a loop together."""
+        return [any(each) for each in zip(*gather_object([flags]), strict=True)]
+
+    def _mean_over_processes(self, value: float) -> float:
+        values: list[float] = gather_object([value])
+        return math.fsum(values) / len(values)
+
+    def _over_processes(self, own: UpdateStatistics) -> UpdateStatistics:
+        """Of all processes' edges; the loss is their mean, as the gradient is."""
+        everyones = UpdateStatistics()
+        for statistics in gather_object([own]):
+            everyones.merge(statistics)
+        everyones.loss /= self.accelerator.num_processes
+        return everyones
 
     def _sample(
         self,
@@ -509,11 +556,12 @@ class Trainer:
                 )
                 for left in reversed(range(micro_batches(forest, share, config.train.micro_batch))):
                     # Processes exchange gradients once an update, with its last micro-batch.
-                    alone = self.accelerator.no_sync(self.policy.network)
+                    alone = self.accelerator.no_sync(self.network)
                     with alone if left else nullcontext():
                         self.accelerator.backward(next(each_loss))
                 if not each:
-                    self._check_ratio(statistics)
+                    first = self._over_processes(statistics)
+                    self._check_ratio(first)
                 norm = self.accelerator.clip_grad_norm_(self.parameters, config.train.max_grad_norm)
                 norms.append(float(norm))
                 self.optimizer.step()
@@ -524,7 +572,7 @@ class Trainer:
         total = UpdateStatistics()
         for statistics in each:
             total.merge(statistics)
-        return each[0], total, sum(norms) / len(norms)
+        return first, self._over_processes(total), sum(norms) / len(norms)
 
     # --- what surrounds them ---
 
@@ -574,8 +622,7 @@ class Trainer:
         """A frozen copy of the initial model, where the KL term needs one (LoRA needs none)."""
         if self.config.objective.kl_weight == 0 or self.config.model.lora_rank:
             return None
-        model: torch.nn.Module = self.accelerator.unwrap_model(self.policy.network)
-        reference = copy.deepcopy(model).requires_grad_(False)
+        reference = copy.deepcopy(self.policy.network).requires_grad_(False)
         return reference.cpu() if self.config.objective.reference_on_cpu else reference
 
     def _reference_means(
@@ -586,7 +633,7 @@ class Trainer:
             return None
         device, micro_batch = self.policy.device, self.config.train.micro_batch
         if self.reference is None:
-            model: Any = self.accelerator.unwrap_model(self.policy.network)
+            model: Any = self.policy.network
             model.disable_adapters()
             try:
                 return node_means(predict, forest, device, micro_batch)
@@ -612,7 +659,7 @@ class Trainer:
 
     def evaluate(self) -> Evaluation:
         """The current policy (its average, if one is kept) on the held-out prompts."""
-        with self._averaged():
+        with self._averaged(), self._failing_together():
             return evaluate(
                 self.policy,
                 self.held_out,
