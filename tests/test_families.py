@@ -54,7 +54,10 @@ def load(folder: Path, **sampling: Any) -> Policy:
 
 
 def noise_of(policy: Policy) -> torch.Tensor:
-    return policy.noise(len(PROMPTS), torch.Generator().manual_seed(0))
+    """Prompt by prompt, as `sample` draws it: at once, torch gives other numbers to shapes whose
+    size is not a multiple of 16."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.cat([policy.noise(1, generator) for _ in PROMPTS])
 
 
 def images_of(policy: Policy) -> torch.Tensor:
