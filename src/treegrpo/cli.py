@@ -1,4 +1,4 @@
-"""The command line: `treegrpo train`, `treegrpo sample` and `treegrpo evaluate`.
+"""The command line: `treegrpo train`, `plan`, `sample`, `evaluate` and `serve-reward`.
 
 Everything that can be refused is refused before torch is imported, so that help and mistakes
 answer at once. Errors of the user's are one red line and exit code 2, without a traceback.
@@ -24,6 +24,7 @@ from treegrpo.models.folder import (
     read_json,
 )
 from treegrpo.plan import PlanError
+from treegrpo.plan_command import parse_memory, plan_command
 from treegrpo.prompts import load_prompts, load_train_and_held_out
 from treegrpo.rewards import RewardError, check_reward
 from treegrpo.textfile import read_utf8
@@ -73,16 +74,22 @@ def _root(
     pass
 
 
+_ConfigArguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CONFIG.yaml | key.path=value",
+        help="A configuration file and changes to it; without any, the miniature job.",
+        show_default=False,
+    ),
+]
+_JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures here.")
+]
+
+
 @app.command(epilog=_CONFIG_KEYS)
 def train(
-    arguments: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="CONFIG.yaml | key.path=value",
-            help="A configuration file and changes to it; without any, the miniature job.",
-            show_default=False,
-        ),
-    ] = None,
+    arguments: _ConfigArguments = None,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the whole configuration and stop.")
     ] = False,
@@ -94,14 +101,7 @@ def train(
     ] = False,
 ) -> None:
     """Train a model."""
-    overrides = [argument for argument in arguments or [] if _OVERRIDE.match(argument)]
-    paths = [argument for argument in arguments or [] if not _OVERRIDE.match(argument)]
-    if len(paths) > 1:
-        raise UserError(
-            f"got {len(paths)} configuration files ({', '.join(paths)}); must be at most one "
-            "(a change to it is written key.path=value)"
-        )
-    config = load_config(Path(paths[0]) if paths else None, overrides)
+    config = _load_config(arguments or [])
     if print_config:
         typer.echo(to_yaml(config), nl=False)
         return
@@ -110,6 +110,30 @@ def train(
     from treegrpo import trainer
 
     trainer.train(config, resume=resume, overwrite=overwrite)
+
+
+@app.command()
+def plan(
+    arguments: _ConfigArguments = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory of a device, such as 24GiB: suggest settings that fit."
+        ),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes (GPUs) that share the prompts.")
+    ] = 1,
+    json_file: _JsonFile = None,
+) -> None:
+    """Say what an iteration takes of forwards and of memory, without reading any weight."""
+    config = _load_config(arguments or [])
+    limit = None if memory is None else parse_memory(memory)
+    _check_model(config.model.path, "model.path", weights=False)
+    if json_file is not None:
+        _check_output(json_file, "--json")
+
+    plan_command(config, memory=limit, processes=processes, json_file=json_file)
 
 
 _Model = Annotated[
@@ -327,6 +351,17 @@ def serve_reward_(
 # --- what is refused before anything heavy is imported ---
 
 
+def _load_config(arguments: list[str]) -> Config:
+    overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]
+    paths = [argument for argument in arguments if not _OVERRIDE.match(argument)]
+    if len(paths) > 1:
+        raise UserError(
+            f"got {len(paths)} configuration files ({', '.join(paths)}); must be at most one "
+            "(a change to it is written key.path=value)"
+        )
+    return load_config(Path(paths[0]) if paths else None, overrides)
+
+
 def _check_train(config: Config, *, resume: bool, overwrite: bool) -> None:
     load_train_and_held_out(
         config.prompts.train,
@@ -345,10 +380,10 @@ def _check_train(config: Config, *, resume: bool, overwrite: bool) -> None:
         checkpoint.check_folder(config, resume=resume, overwrite=overwrite)
 
 
-def _check_model(model: str, field: str) -> None:
+def _check_model(model: str, field: str, *, weights: bool = True) -> None:
     path = Path(model).expanduser()
     if path.is_dir():
-        check_folder(path, field)
+        check_folder(path, field, weights=weights)
         return
     if model == "miniature":
         return

@@ -42,10 +42,13 @@ def resolve(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-def check_folder(folder: Path, field: str = "model.path") -> None:
+def check_folder(folder: Path, field: str = "model.path", *, weights: bool = True) -> None:
     """Refuse a folder that is neither a complete, supported checkpoint nor our LoRA export.
 
     Weights are not read, but a missing shard or a truncated safetensors file is found.
+
+    Args:
+        weights: whether they are needed; otherwise the networks' and scheduler's configurations do.
 
     Raises:
         ModelError: a file is missing or damaged, or the pipeline class is not supported.
@@ -62,7 +65,8 @@ def check_folder(folder: Path, field: str = "model.path") -> None:
     index = read_json(folder / INDEX_FILE, field)
     check_family(str(folder), index, field)
     for name in components(index):
-        _check_component(folder / name, field)
+        if weights or not name.startswith("tokenizer"):
+            _check_component(folder / name, field, weights)
 
 
 def check_family(path: str, index: dict[str, Any], field: str = "model.path") -> str:
@@ -128,7 +132,7 @@ def _config_file(name: str) -> str:
     return next((file for kind, file in _CONFIGS.items() if name.startswith(kind)), "config.json")
 
 
-def _check_component(folder: Path, field: str) -> None:
+def _check_component(folder: Path, field: str, needs_weights: bool) -> None:
     config = folder / _config_file(folder.name)
     if not config.is_file():
         # A tokenizer without a configuration of its own has its vocabulary's files instead.
@@ -136,7 +140,7 @@ def _check_component(folder: Path, field: str) -> None:
             raise ModelError(f"{field}: {config} is missing; the checkpoint is incomplete")
         return
     read_json(config, field)
-    if folder.name.startswith(tuple(_CONFIGS)):
+    if not needs_weights or folder.name.startswith(tuple(_CONFIGS)):
         return
     # Variants (model.fp16.safetensors) are not what from_pretrained takes by default.
     candidates = [folder / (stem + ending) for stem in _WEIGHTS for ending in _ENDINGS]

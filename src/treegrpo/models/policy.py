@@ -46,7 +46,9 @@ Configs = Mapping[str, Mapping[str, Any]]
 # What the text encoders give, by name: [prompts, ...] each.
 Conditioning = dict[str, Tensor]
 
-_PROMPTS_PER_ENCODING = 32
+PROMPTS_PER_ENCODING = 32
+# Of a hub's checkpoint, where its weights are not needed.
+_CONFIG_FILES = ["model_index.json", "*/config.json", "scheduler/scheduler_config.json"]
 
 
 @dataclass(frozen=True)
@@ -226,7 +228,7 @@ class Policy(ABC):
             sampling, height=sampling.height or height, width=sampling.width or width
         )
         self._check_sampling()
-        self.scheduler: Any = self._part_class("scheduler").from_pretrained(
+        self.scheduler: Any = self.part_class("scheduler").from_pretrained(
             folder, subfolder="scheduler"
         )
         self.network: nn.Module
@@ -235,13 +237,13 @@ class Policy(ABC):
         self._uses_lora = False
         self._lora_folder: Path | None = None
         self._encoders: Any = None
-        self._text_parts = [
+        self.text_parts = [
             name for name in components(self.index) if name.startswith(("text_", "tokenizer"))
         ]
         if cache is not None:
             settings = f"{self.pipeline_name} {dtype} {self.sampling.max_sequence_length}"
-            cache = cache / "embeddings" / model_key(folder, self._text_parts, settings)
-        self._store = EmbeddingStore(cache)
+            cache = cache / "embeddings" / model_key(folder, self.text_parts, settings)
+        self.store = EmbeddingStore(cache)
 
     def _check_sampling(self) -> None:
         sampling, multiple = self.sampling, self.size_multiple(self.configs)
@@ -255,7 +257,7 @@ class Policy(ABC):
                 )
         self.check_sampling(sampling, self.configs)
 
-    def _part_class(self, name: str) -> Any:
+    def part_class(self, name: str) -> Any:
         library, class_name = self.index[name]
         return getattr(importlib.import_module(library), class_name)
 
@@ -266,7 +268,7 @@ class Policy(ABC):
     def skeleton(self) -> nn.Module:
         """The network without weights (on the meta device), to count and to look at."""
         with torch.device("meta"):
-            network: nn.Module = self._part_class(self.network_name).from_config(
+            network: nn.Module = self.part_class(self.network_name).from_config(
                 dict(self.configs[self.network_name])
             )
         return network
@@ -279,7 +281,7 @@ class Policy(ABC):
                 training all of them needs.
         """
         weights = torch.float32 if master_weights else self.dtype
-        network = self._part_class(self.network_name).from_pretrained(
+        network = self.part_class(self.network_name).from_pretrained(
             self.folder, subfolder=self.network_name, dtype=weights
         )
         if self._lora_folder is not None:
@@ -287,7 +289,7 @@ class Policy(ABC):
                 str(self._lora_folder), prefix=self.network_name, weight_name=LORA_FILE
             )
         self.network = network.to(self.device)
-        self.vae = self._part_class("vae").from_pretrained(
+        self.vae = self.part_class("vae").from_pretrained(
             self.folder, subfolder="vae", dtype=self.dtype
         )
         self.vae.requires_grad_(False).eval().to(self.device)
@@ -303,9 +305,9 @@ class Policy(ABC):
         Each prompt is computed once and kept. The text encoders are loaded when a prompt is new,
         and stay until `release_encoders`. Shorter sequences are padded with zeros.
         """
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._store]
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.store]
         self._encode_new(missing)
-        rows = [self._store.get(prompt) for prompt in prompts]
+        rows = [self.store.get(prompt) for prompt in prompts]
         return {
             name: _stack([row[name] for row in rows]).to(self.device, non_blocking=True)
             for name in rows[0]
@@ -321,22 +323,22 @@ class Policy(ABC):
             ModelError: the disk has no room for them.
         """
         self.negative()
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._store]
-        if len(new) > _PROMPTS_PER_ENCODING:
-            where = f", kept in {self._store.folder}" if self._store.folder else ""
+        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.store]
+        if len(new) > PROMPTS_PER_ENCODING:
+            where = f", kept in {self.store.folder}" if self.store.folder else ""
             say(f"encoding {len(new):,} prompts{where}")
-        self._encode_new(new[:_PROMPTS_PER_ENCODING])
-        if self._store.folder is not None and new:
-            each = sum(t.numel() * t.element_size() for t in self._store.get(new[0]).values())
-            free = shutil.disk_usage(self._store.folder).free
+        self._encode_new(new[:PROMPTS_PER_ENCODING])
+        if self.store.folder is not None and new:
+            each = sum(t.numel() * t.element_size() for t in self.store.get(new[0]).values())
+            free = shutil.disk_usage(self.store.folder).free
             if each * len(new) > free:
                 raise ModelError(
-                    f"model.embedding_cache: {self._store.folder} has {free / 2**30:.1f} GiB free, "
+                    f"model.embedding_cache: {self.store.folder} has {free / 2**30:.1f} GiB free, "
                     f"but the embeddings of {len(new):,} prompts need {each * len(new) / 2**30:.1f}"
                     " GiB; name a folder with room, or null to keep the text encoders in memory"
                 )
-        self._encode_new(new[_PROMPTS_PER_ENCODING:])
-        if self._store.folder is not None:
+        self._encode_new(new[PROMPTS_PER_ENCODING:])
+        if self.store.folder is not None:
             self.release_encoders()
 
     def release_encoders(self) -> None:
@@ -347,11 +349,11 @@ class Policy(ABC):
 
     @torch.no_grad()
     def _encode_new(self, prompts: Sequence[str]) -> None:
-        for start in range(0, len(prompts), _PROMPTS_PER_ENCODING):
-            part = list(prompts[start : start + _PROMPTS_PER_ENCODING])
+        for start in range(0, len(prompts), PROMPTS_PER_ENCODING):
+            part = list(prompts[start : start + PROMPTS_PER_ENCODING])
             encoded = self.encode_prompts(self._load_encoders(), part)
             for row, prompt in enumerate(part):
-                self._store.put(prompt, {name: values[row] for name, values in encoded.items()})
+                self.store.put(prompt, {name: values[row] for name, values in encoded.items()})
 
     def _load_encoders(self) -> Any:
         """A pipeline of the text encoders and tokenizers alone."""
@@ -359,7 +361,7 @@ class Policy(ABC):
             absent = {
                 name: None
                 for name, value in self.index.items()
-                if isinstance(value, list) and name not in self._text_parts
+                if isinstance(value, list) and name not in self.text_parts
             }
             # Some pipelines look into these two for sizes.
             present = {"scheduler": self.scheduler, self.network_name: self.skeleton()}
@@ -367,7 +369,7 @@ class Policy(ABC):
                 self.folder, dtype=self.dtype, **{**absent, **present}
             )
             for name, part in pipeline.components.items():
-                if name in self._text_parts and isinstance(part, nn.Module):
+                if name in self.text_parts and isinstance(part, nn.Module):
                     part.requires_grad_(False).eval().to(self.device)
             self._encoders = pipeline
         return self._encoders
@@ -585,6 +587,7 @@ def open_policy(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     cache: Path | None = None,
+    weights: bool = True,
     **overrides: Any,
 ) -> Policy:
     """Find a checkpoint and check it without reading weights; `load` then reads them.
@@ -593,6 +596,8 @@ def open_policy(
         path: "miniature", a diffusers folder, a folder of LoRA weights or a hub name.
         dtype: what the network computes in.
         cache: see `Policy`.
+        weights: whether they must be there; otherwise a hub's checkpoint is not downloaded but for
+            its configurations.
         overrides: fields of `Sampling` that replace the checkpoint's own; None keeps them.
 
     Raises:
@@ -607,8 +612,9 @@ def open_policy(
         raise ModelError(f"model.path: {folder / SAMPLING_FILE} has an unknown key {unknown[0]!r}")
     changes = {name: value for name, value in overrides.items() if value is not None}
     has_lora = (folder / LORA_FILE).is_file()
-    source = _local_folder(resolve(stored.get("base_model") or path) if has_lora else str(folder))
-    check_folder(source)
+    base = resolve(stored.get("base_model") or path) if has_lora else str(folder)
+    source = _local_folder(base, weights)
+    check_folder(source, weights=weights)
     index = read_json(source / INDEX_FILE)
     module, _, name = FAMILIES[check_family(str(source), index)].partition(":")
     family: type[Policy] = getattr(importlib.import_module(module), name)
@@ -671,15 +677,18 @@ def check_attention_backend(name: str) -> None:
         raise ModelError(f"model.attention_backend: got {name!r}: {error}") from error
 
 
-def _local_folder(source: str) -> Path:
+def _local_folder(source: str, weights: bool) -> Path:
     """The checkpoint on this machine, downloaded if it is a hub name."""
     if Path(source).is_dir():
         return Path(source)
     from diffusers import DiffusionPipeline
+    from huggingface_hub import snapshot_download
 
     try:
         check_family(source, DiffusionPipeline.load_config(source))
-        return Path(DiffusionPipeline.download(source))
+        if weights:
+            return Path(DiffusionPipeline.download(source))
+        return Path(snapshot_download(source, allow_patterns=_CONFIG_FILES))
     except OSError as error:
         raise ModelError(
             f"model.path: cannot load {source!r}: it is neither a folder nor a checkpoint on the "

@@ -1,0 +1,238 @@
+"""Memory as `treegrpo plan` predicts it, against what PyTorch's allocator hands out.
+
+    python benchmarks/memory.py [--quick]
+
+For the miniature in six settings and for a tiny checkpoint of every family, one real iteration of
+training runs under the profiler, which records every allocation; a phase's measured peak is the
+most that was handed out in it, on top of the weights and the optimizer's state. Two tables follow:
+the rollout's peak beside its states stays as the leaves grow, and the update's activations depend
+on the micro-batch alone. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from treegrpo.config import Config, load_config
+from treegrpo.memory import Estimate, estimate
+from treegrpo.models.policy import quiet_libraries
+from treegrpo.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+import tiny_checkpoints
+
+# What is there during the whole iteration; the profiler sees what comes on top.
+CONSTANT = ("network", "adapters", "reference", "decoder", "average", "optimizer")
+PROMPTS = 32
+SMALL = {
+    "model.device": "cpu",
+    "rollout.window_schedule": "fixed",
+    "rollout.steps": 4,
+    "rollout.branching": 2,
+    "rollout.window_size": 3,
+    "rollout.prompts_per_iteration": PROMPTS,
+    "rollout.max_batch": 64,
+    "evaluation.accuracy": "null",
+    "rewards": "[{name: jpeg_compressibility}]",
+}
+# name, changes to the configuration
+MINIATURE: dict[str, dict[str, Any]] = {
+    "miniature": {"train.micro_batch": 32},
+    "miniature, micro_batch 128": {"train.micro_batch": 128},
+    "miniature, gradient checkpointing": {
+        "train.micro_batch": 128,
+        "model.gradient_checkpointing": True,
+    },
+    "miniature, LoRA": {"train.micro_batch": 128, "model.lora_rank": 8},
+    "miniature, LoRA, gradient checkpointing": {
+        "train.micro_batch": 128,
+        "model.lora_rank": 8,
+        "model.gradient_checkpointing": True,
+    },
+    "miniature, guidance, KL, bfloat16": {
+        "train.micro_batch": 32,
+        "model.guidance_scale": 2.0,
+        "model.dtype": "bfloat16",
+        "objective.kl_weight": 0.01,
+    },
+}
+
+
+def configuration(changes: dict[str, Any], prompts: Path) -> Config:
+    settings = {**SMALL, "prompts.train": prompts, "prompts.held_out": prompts, **changes}
+    return load_config(None, [f"{key}={value}" for key, value in settings.items()])
+
+
+def within(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*arguments: Any, **named: Any) -> Any:
+        with record_function(name):
+            return function(*arguments, **named)
+
+    return call
+
+
+def measure(config: Config) -> dict[str, int]:
+    """Bytes at the peak of each phase of a real iteration, its second."""
+    trainer = Trainer(config)
+    trainer.prepare_prompts()
+    trainer.iterate()  # from now on the optimizer has moments
+    policy: Any = trainer.policy
+    trainer._rollout = within("rollout", trainer._rollout)  # type: ignore[method-assign]
+    policy.decode = within("decode", policy.decode)
+    trainer._reference_means = within("reference", trainer._reference_means)  # type: ignore[method-assign]
+    trainer._update = within("update", trainer._update)  # type: ignore[method-assign]
+    trainer.optimizer.step = within("optimizer", trainer.optimizer.step)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.iterate()
+    peaks = peak_by_range(profiler, {"rollout", "decode", "reference", "update", "optimizer"})
+    if config.objective.kl_weight == 0:
+        del peaks["reference"]
+    return {name: peak + constant_bytes(trainer) for name, peak in peaks.items()}
+
+
+def peak_by_range(profiler: Any, names: set[str]) -> dict[str, int]:
+    """Bytes that were handed out since the profiler began, at the most, in each named range."""
+    events = list(profiler.profiler.kineto_results.events())
+    ranges = [(e.start_ns(), e.end_ns(), e.name()) for e in events if e.name() in names]
+    allocations = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    peaks = dict.fromkeys(names, 0)
+    live = 0
+    for time, size in allocations:
+        live += size
+        for start, end, name in ranges:
+            if start <= time <= end:
+                peaks[name] = max(peaks[name], live)
+    return peaks
+
+
+def constant_bytes(trainer: Trainer) -> int:
+    """Of real tensors: weights, the optimizer's state, the average, the reference."""
+    tensors = [*trainer.policy.network.parameters(), *trainer.policy.vae.parameters()]
+    for state in trainer.optimizer.state.values():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    if trainer.average is not None:
+        tensors += trainer.average.shadow_params
+    if trainer.reference is not None:
+        tensors += trainer.reference.parameters()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def compare(name: str, config: Config) -> dict[str, dict[str, float]]:
+    """Print a model's lines of the table; returns phase to figures."""
+    predicted, measured = estimate(config), measure(config)
+    figures = {}
+    for phase, bytes_measured in measured.items():
+        parts = predicted.phase(phase).device
+        constant = sum(parts.get(part, 0) for part in CONSTANT)
+        total = sum(parts.values())
+        figures[phase] = {
+            "predicted": total,
+            "measured": bytes_measured,
+            "ratio": round(total / bytes_measured, 4),
+            "ratio_beside_weights": round((total - constant) / (bytes_measured - constant), 4),
+        }
+        print(
+            f"{name:<42}{phase:<11}{total / 2**20:>10.2f}{bytes_measured / 2**20:>10.2f}"
+            f"{figures[phase]['ratio']:>8.3f}{figures[phase]['ratio_beside_weights']:>16.3f}"
+        )
+    return figures
+
+
+def beside_states(name: str, predicted: Estimate, measured: int) -> int:
+    """A phase's measured bytes without what its nature makes grow: states and embeddings."""
+    parts = predicted.phase(name).device
+    return measured - parts.get("states", 0) - parts.get("embeddings", 0)
+
+
+def growing_leaves(prompts_file: Path) -> dict[str, Any]:
+    """The rollout's peak for 27, 81 and 243 leaves, 16 rows at a time."""
+    figures = {}
+    print(f"\nrollout, max_batch 16\n{'leaves':>8}{'peak MiB':>12}{'beside states':>16}")
+    for leaves, window in ((27, 3), (81, 4), (243, 5)):
+        changes = {
+            "rollout.branching": 3,
+            "rollout.window_size": window,
+            "rollout.steps": 5,
+            "rollout.max_batch": 16,
+            "rollout.prompts_per_iteration": 2,
+            "train.micro_batch": 32,
+        }
+        config = configuration(changes, prompts_file)
+        peak = measure(config)["rollout"]
+        beside = beside_states("rollout", estimate(config), peak)
+        print(f"{leaves:>8}{peak / 2**20:>12.3f}{beside / 2**20:>16.3f}")
+        figures[str(leaves)] = {"peak": peak, "beside_states": beside}
+    return figures
+
+
+def growing_updates(prompts_file: Path) -> dict[str, Any]:
+    """The update's peak for several numbers of prompts and leaves, at micro-batches 16 and 32."""
+    figures = {}
+    print(f"\nupdate\n{'micro_batch':>12}{'prompts':>8}{'leaves':>8}{'peak MiB':>12}{'beside':>10}")
+    for micro_batch, prompts, window in ((16, 8, 3), (16, 16, 3), (16, 8, 4), (32, 8, 4)):
+        changes = {
+            "rollout.branching": 3,
+            "rollout.window_size": window,
+            "rollout.prompts_per_iteration": prompts,
+            "train.micro_batch": micro_batch,
+        }
+        config = configuration(changes, prompts_file)
+        peak = measure(config)["update"]
+        beside = beside_states("update", estimate(config), peak)
+        print(
+            f"{micro_batch:>12}{prompts:>8}{3**window:>8}{peak / 2**20:>12.3f}"
+            f"{beside / 2**20:>10.3f}"
+        )
+        name = f"micro_batch {micro_batch}, {prompts} prompts, {3**window} leaves"
+        figures[name] = {"peak": peak, "beside_states": beside}
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="under a minute")
+    options = parser.parse_args()
+    quiet_libraries()
+    miniatures, cases = list(MINIATURE.items()), tiny_checkpoints.cases()
+    if options.quick:
+        miniatures = miniatures[:1]
+        cases = [case for case in cases if case.name == "Stable Diffusion 3.5"]
+    results: dict[str, Any] = {}
+    print(f"{'MiB':<42}{'phase':<11}{'predicted':>10}{'measured':>10}{'ratio':>8}", end="")
+    print(f"{'beside weights':>16}")
+    with tempfile.TemporaryDirectory() as temporary:
+        # As many as an iteration takes, so that no new one's embeddings are kept meanwhile; as
+        # long as any model takes, which the prediction assumes.
+        prompts = Path(temporary) / "prompts.txt"
+        prompts.write_text("".join(f"{number}{' circles' * 12}\n" for number in range(PROMPTS)))
+        for name, changes in miniatures:
+            results[name] = compare(name, configuration(changes, prompts))
+        for case in cases:
+            folder = Path(temporary) / case.name
+            folder.mkdir()
+            case.build(folder)
+            changes = {
+                "model.path": folder,
+                "rollout.transition": case.transition,
+                "train.micro_batch": 128,
+            }
+            results[case.name] = compare(case.name, configuration(changes, prompts))
+        ratios = [figures["ratio"] for model in results.values() for figures in model.values()]
+        print(f"\nratios from {min(ratios)} to {max(ratios)}")
+        if not options.quick:
+            results["rollout by leaves"] = growing_leaves(prompts)
+            results["update by micro-batch"] = growing_updates(prompts)
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

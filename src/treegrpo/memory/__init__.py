@@ -1,0 +1,25 @@
+"""What a run takes of memory, without reading its weights: `estimate`; and `suggest`, which looks
+for settings that fit.
+
+What is assumed: PyTorch's fused attention, on the GPU as on the CPU (a kernel that keeps whole
+attention matrices takes more); no `model.compile`; one process, or several by DDP. Not counted are
+the rewards' own models, what a kernel allocates inside itself, and what is there before any tensor
+(the interpreter, the libraries, a CUDA context of about half a GiB).
+"""
+
+from treegrpo.memory.advice import Advice, Change, suggest
+from treegrpo.memory.estimate import PARTS, Estimate, Phase, count_states, estimate
+from treegrpo.memory.skeleton import Measurements, PeakBytes
+
+__all__ = [
+    "PARTS",
+    "Advice",
+    "Change",
+    "Estimate",
+    "Measurements",
+    "PeakBytes",
+    "Phase",
+    "count_states",
+    "estimate",
+    "suggest",
+]

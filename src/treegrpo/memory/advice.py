@@ -1,0 +1,144 @@
+"""Settings that make a run fit into the memory at hand."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from treegrpo.config import Config
+from treegrpo.memory.estimate import Estimate, estimate
+from treegrpo.memory.skeleton import Measurements, planned_device
+
+_LORA_RANK = 32  # what is suggested
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that saves memory, and the peak with it and those before it."""
+
+    key: str
+    value: Any
+    peak: int
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What makes a run fit into so much memory.
+
+    Attributes:
+        fits: whether it then does.
+        changes: in the order of taking them; empty where it fits as it is, or where nothing helps.
+    """
+
+    fits: bool
+    changes: tuple[Change, ...]
+
+
+def suggest(
+    config: Config, limit: int, *, processes: int = 1, measurements: Measurements | None = None
+) -> Advice:
+    """The mildest settings, in the order of `_remedies`, whose peak on the device is in the limit.
+
+    Args:
+        limit: bytes.
+        processes, measurements: as for `estimate`.
+    """
+    measured = measurements or Measurements(config.rollout.steps)
+
+    def with_(changes: Mapping[str, Any]) -> Estimate:
+        changed = _changed(config, changes)
+        return estimate(changed, processes=processes, measurements=measured)
+
+    def excess(changes: Mapping[str, Any]) -> int:
+        """Of all phases: to bring down one that is not the fullest may be needed too."""
+        return sum(max(0, phase.peak - limit) for phase in with_(changes).phases)
+
+    taken: dict[str, Any] = {}
+    remedies = _remedies(config, processes)
+    for key, values in remedies.items():
+        full = {phase.name for phase in with_(taken).phases if phase.peak > limit}
+        if not full & _HELPS.get(key, full):
+            continue
+        least = excess({**taken, key: values[-1]})
+        if least < excess(taken):
+            taken[key] = _mildest(key, values, taken, least, excess)
+    fits = not excess(taken)
+    # Some are stronger than needed, or needed no more, now that others are taken.
+    for key in reversed(taken) if fits else ():
+        others = {name: value for name, value in taken.items() if name != key}
+        if not excess(others):
+            taken = others
+        else:
+            milder = remedies[key][: remedies[key].index(taken[key]) + 1]
+            taken[key] = _mildest(key, milder, taken, 0, excess)
+    changes, so_far = [], {}
+    for key, value in taken.items():
+        so_far[key] = value
+        changes.append(Change(key, value, with_(so_far).peak))
+    return Advice(fits, tuple(changes))
+
+
+def _mildest(
+    key: str,
+    values: Sequence[Any],
+    others: Mapping[str, Any],
+    most: int,
+    excess: Callable[[Mapping[str, Any]], int],
+) -> Any:
+    """The first of a remedy's values with which no more than `most` is missing, as with its last
+    (by bisection)."""
+    found = bisect.bisect_left(
+        values[:-1], True, key=lambda value: excess({**others, key: value}) <= most
+    )
+    return values[found]
+
+
+# The phases that a remedy can help; those that are not here can help any.
+_HELPS = {
+    "model.gradient_checkpointing": {"update"},
+    "train.micro_batch": {"update", "reference"},
+    "rollout.max_batch": {"rollout", "decode", "evaluation"},
+    "rollout.decode_batch": {"decode", "evaluation"},
+    "rollout.prompts_per_batch": {"rollout", "decode"},
+    "model.vae_tiling": {"decode", "evaluation"},
+}
+
+
+def _remedies(config: Config, processes: int) -> dict[str, list[Any]]:
+    """Setting to its values, the mildest first, in the order in which they are tried."""
+    model, settings = config.model, config.rollout
+    prompts = config.rollout.prompts_per_iteration // processes
+    remedies: dict[str, list[Any]] = {
+        "model.gradient_checkpointing": [] if model.gradient_checkpointing else [True],
+        "train.micro_batch": _halves(config.train.micro_batch),
+        "rollout.max_batch": _halves(settings.max_batch),
+        "rollout.decode_batch": _halves(settings.decode_batch or settings.max_batch),
+        "rollout.prompts_per_batch": _halves(min(settings.prompts_per_batch or prompts, prompts)),
+    }
+    has_own_memory = planned_device(model).type != "cpu"
+    if has_own_memory and not settings.offload:
+        remedies["rollout.offload"] = [True]
+    if model.dtype != "bfloat16":
+        remedies["model.dtype"] = ["bfloat16"]
+    if not model.lora_rank:
+        remedies["model.lora_rank"] = [_LORA_RANK]
+    if not model.vae_tiling:
+        remedies["model.vae_tiling"] = [True]
+    if has_own_memory and config.objective.kl_weight and not config.objective.reference_on_cpu:
+        remedies["objective.reference_on_cpu"] = [True]
+    return {key: values for key, values in remedies.items() if values}
+
+
+def _halves(value: int) -> list[int]:
+    """Powers of two below a number, from the largest to 1."""
+    return [2**exponent for exponent in reversed(range((value - 1).bit_length()))]
+
+
+def _changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    data = config.model_dump(mode="json")
+    for key, value in changes.items():
+        section, name = key.split(".")
+        data[section][name] = value
+    return Config.model_validate(data)

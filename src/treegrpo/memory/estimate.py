@@ -1,0 +1,414 @@
+"""Memory of an iteration, phase by phase and part by part.
+
+Sizes that follow from the rollout plan are exact: weights, gradients, optimizer, states, images.
+Activations are what `skeleton.py` counts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from treegrpo.config import Config
+from treegrpo.memory.skeleton import (
+    FLOAT32,
+    Decoding,
+    Measurements,
+    Skeleton,
+    planned_device,
+    total_bytes,
+)
+from treegrpo.plan import RolloutPlan
+from treegrpo.trainer import build_plan, window_schedule
+from treegrpo.transition import transitions
+
+
+@dataclass(frozen=True)
+class StateCounts:
+    """States (latents) of one prompt's forest.
+
+    Attributes:
+        kept: after the rollout, for the update: nodes, children and leaves, shared where one is the
+            other.
+        copied: the same after forests of several batches were joined, which shares nothing.
+        by_step: alive while each step is computed.
+        nodes: with stochastic children; each has a mean of the reference, where there is one.
+    """
+
+    kept: int
+    copied: int
+    by_step: tuple[int, ...]
+    nodes: int
+
+
+def count_states(plan: RolloutPlan, *, keep_means: bool = False) -> StateCounts:
+    """How many states `rollout` holds of a prompt.
+
+    Args:
+        keep_means: as in `rollout`.
+    """
+    widths, by_step = plan.widths, []
+    kept = 0
+    shared = False  # whether the frontier is kept by the level before
+    for step, stochastic in enumerate(plan.stochastic):
+        frontier = 0 if shared or step == 0 else widths[step]
+        following = widths[step + 1]
+        by_step.append(plan.roots + kept + frontier + following * (2 if stochastic else 1))
+        if stochastic:
+            kept += following + frontier + (widths[step] if keep_means else 0)
+        shared = stochastic
+    if not shared:
+        kept += widths[-1]
+    if plan.stochastic[0]:
+        kept += plan.roots  # the noise, which stays
+    nodes = plan.update_forwards
+    copied = (2 if keep_means else 1) * nodes + plan.edges + plan.leaves
+    return StateCounts(kept, copied, tuple(by_step), nodes)
+
+
+# --- the estimate ---
+
+Parts = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A phase of an iteration at its fullest.
+
+    Attributes:
+        device: part to bytes in the memory of the configured device.
+        host: the same in the CPU's memory; empty where the device is the CPU.
+    """
+
+    name: str
+    device: Parts
+    host: Parts
+
+    @property
+    def peak(self) -> int:
+        return sum(self.device.values())
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Memory of one process.
+
+    Attributes:
+        device: the configured one, such as "cuda".
+        parameters: of the network.
+        trained: those of them, or of its adapters, that are trained.
+        decoder, encoders: parameters of the decoder and of the text encoders.
+        guided: whether a forward takes two rows of the network.
+        phases: in their order.
+    """
+
+    device: str
+    parameters: int
+    trained: int
+    decoder: int
+    encoders: int
+    guided: bool
+    phases: tuple[Phase, ...]
+
+    @property
+    def fullest(self) -> Phase:
+        return max(self.phases, key=lambda phase: phase.peak)
+
+    @property
+    def peak(self) -> int:
+        return self.fullest.peak
+
+    def phase(self, name: str) -> Phase:
+        return next(phase for phase in self.phases if phase.name == name)
+
+
+def estimate(
+    config: Config, *, processes: int = 1, measurements: Measurements | None = None
+) -> Estimate:
+    """The memory that a run takes, by phase and part, once its optimizer has moments.
+
+    Args:
+        processes: of data-parallel training.
+        measurements: of an earlier estimate, to measure nothing twice; its steps must be the same.
+
+    Raises:
+        ModelError: as `open_policy`.
+        PlanError: the window or the leaves do not fit, or a step has no density.
+    """
+    measured = measurements or Measurements(config.rollout.steps)
+    skeleton = measured.skeleton(config.model)
+    plans = [build_plan(config.rollout, start) for start in window_schedule(config).possible_starts]
+    levels = skeleton.policy.schedule(config.rollout.steps)
+    for plan in plans:  # refuses a step without a density
+        transitions(levels, plan.stochastic, config.rollout.transition, config.rollout.noise_level)
+    run = _Run(config, measured, skeleton, plans, config.rollout.prompts_per_iteration // processes)
+    network, adapters = skeleton.policy.network, skeleton.adapters
+    return Estimate(
+        planned_device(config.model).type,
+        sum(p.numel() for p in network.parameters()) - sum(p.numel() for p in adapters),
+        sum(p.numel() for p in skeleton.trained),
+        sum(p.numel() for p in skeleton.policy.vae.parameters()),
+        sum(p.numel() for encoder in skeleton.encoders for p in encoder.parameters()),
+        skeleton.is_guided,
+        run.phases(distributed=processes > 1),
+    )
+
+
+class _Run:
+    """One process of a run, for `estimate`: a method per phase."""
+
+    def __init__(
+        self,
+        config: Config,
+        measured: Measurements,
+        skeleton: Skeleton,
+        plans: Sequence[RolloutPlan],
+        prompts: int,
+    ) -> None:
+        self.config, self.measured, self.skeleton = config, measured, skeleton
+        self.plans, self.prompts = plans, prompts
+        self.batch = min(config.rollout.prompts_per_batch or prompts, prompts)
+        self.states = [count_states(plan, keep_means=config.objective.guard) for plan in plans]
+        self.on_cpu = planned_device(config.model).type == "cpu"
+        self.trained = total_bytes(skeleton.trained)
+        self.has_copy = config.objective.kl_weight > 0 and not config.model.lora_rank
+
+    def phases(self, *, distributed: bool) -> tuple[Phase, ...]:
+        phases = [self._encode(), self._evaluation(), self._rollout(), self._decode()]
+        if self.config.objective.kl_weight > 0:
+            phases.append(self._reference())
+        return (*phases, self._update(distributed), self._optimizer(distributed))
+
+    def _phase(self, name: str, moments: Iterable[tuple[Parts, Parts]]) -> Phase:
+        """The fullest of moments, each of parts on the device and in the CPU's memory."""
+        phases = []
+        for device, host in moments:
+            if self.on_cpu:
+                both = {*device, *host}
+                device, host = {p: device.get(p, 0) + host.get(p, 0) for p in both}, {}
+            kept = [{p: parts[p] for p in PARTS if parts.get(p)} for parts in (device, host)]
+            phases.append(Phase(name, *kept))
+        return max(phases, key=lambda phase: phase.peak)
+
+    # --- what is there all the time ---
+
+    @cached_property
+    def _always(self) -> dict[str, int]:
+        config, skeleton = self.config, self.skeleton
+        network = total_bytes(skeleton.policy.network.parameters())
+        adapters = total_bytes(skeleton.adapters)
+        parts = {
+            "network": network - adapters,
+            "adapters": adapters,
+            "decoder": total_bytes(skeleton.policy.vae.parameters()),
+            "optimizer": 2 * self.trained + FLOAT32 * len(skeleton.trained),  # and step counters
+            "average": 0 if config.train.ema_decay is None else self.trained,
+        }
+        if config.model.embedding_cache is None:
+            parts["text encoders"] = self._encoders
+        if self.has_copy and not config.objective.reference_on_cpu:
+            parts["reference"] = network
+        return parts
+
+    @property
+    def _always_on_host(self) -> dict[str, int]:
+        if not (self.has_copy and self.config.objective.reference_on_cpu):
+            return {}
+        return {"reference": self._always["network"]}
+
+    @cached_property
+    def _encoders(self) -> int:
+        return sum(total_bytes(encoder.parameters()) for encoder in self.skeleton.encoders)
+
+    def _embeddings(self, prompts: int) -> int:
+        return prompts * self.skeleton.embedding_bytes
+
+    def _kept(self, states: StateCounts) -> int:
+        """Bytes of the forest that the update needs."""
+        batches = math.ceil(self.prompts / self.batch)
+        per_prompt = states.kept if batches == 1 else states.copied
+        return per_prompt * self.prompts * self.skeleton.state_bytes
+
+    def _stored(self, part: str, size: int) -> tuple[dict[str, int], dict[str, int]]:
+        """On the device, or in the CPU's memory under offload."""
+        return ({}, {part: size}) if self.config.rollout.offload else ({part: size}, {})
+
+    # --- the phases ---
+
+    def _encode(self) -> Phase:
+        """Before the first iteration, where prompts are not in the cache yet."""
+        new = {
+            "optimizer": 0,
+            "text encoders": self._encoders,
+            "activations": self.measured.encode(self.config.model),
+        }
+        return self._phase("encode", [({**self._always, **new}, self._always_on_host)])
+
+    def _evaluation(self) -> Phase:
+        """As `evaluate`, which offloads nothing; the trained weights wait on the CPU."""
+        rollout, images = self.config.rollout, self.config.evaluation.images_per_prompt
+        prompts = max(1, rollout.max_batch // images)
+        prompts = min(prompts, self.config.evaluation.max_prompts or prompts)
+        rows = prompts * images
+        parts = {**self._always, "embeddings": self._embeddings(prompts)}
+        host = dict(self._always_on_host)
+        if self.config.train.ema_decay is not None:
+            host["average"] = self.trained
+        sampling = {
+            "activations": self._sampling(rows, 1),
+            "states": 3 * rows * self.skeleton.state_bytes,
+        }
+        moments = [sampling]
+        for decoding in self._decoding(rows):
+            moments.append({**decoding, "states": rows * self.skeleton.state_bytes})
+        return self._phase("evaluation", [({**parts, **moment}, host) for moment in moments])
+
+    def _sampling(self, nodes: int, children: int) -> int:
+        """Activations of a step on so many nodes."""
+        rows = min(self.config.rollout.max_batch, nodes)
+        return self.measured.rollout(
+            self.config.model, rows=rows, children=children, again=nodes > rows
+        )
+
+    def _rollout(self) -> Phase:
+        settings, state = self.config.rollout, self.skeleton.state_bytes
+        earlier = self.prompts - self.batch
+        moments = []
+        for plan, states in zip(self.plans, self.states, strict=True):
+            widest = self.batch * max(plan.widths[:-1])
+            activations = self._sampling(widest, max(plan.branching))
+            widest = min(widest, settings.max_batch)
+            for step, alive in enumerate(states.by_step):
+                rows = min(settings.max_batch, self.batch * plan.widths[step])
+                size = (alive * self.batch + states.kept * earlier) * state
+                device, host = self._stored("states", size)
+                if settings.offload:
+                    device["states"] = rows * (1 + plan.branching[step]) * state
+                device |= self._always
+                device["activations"] = activations * rows // widest
+                device["embeddings"] = self._embeddings(self.batch)
+                images, images_on_host = self._images_before(plan)
+                moments.append(
+                    ({**device, **images}, {**self._always_on_host, **host, **images_on_host})
+                )
+        return self._phase("rollout", moments)
+
+    def _images_before(self, plan: RolloutPlan) -> tuple[dict[str, int], dict[str, int]]:
+        """The last batch's, which stay until the next one's come."""
+        if self.batch == self.prompts:
+            return {}, {}
+        return self._stored("images", self.batch * plan.leaves * self._decoder(1).image)
+
+    def _decoder(self, rows: int, *, again: bool = False) -> Decoding:
+        frames = max(reward.frames for reward in self.config.rewards)
+        return self.measured.decode(self.config.model, rows=rows, frames=frames, again=again)
+
+    def _decoding(self, leaves: int) -> list[dict[str, int]]:
+        """Images and activations at the two fullest moments of `Policy.decode`."""
+        settings = self.config.rollout
+        rows = min(settings.decode_batch or settings.max_batch, leaves)
+        decoder = self._decoder(rows, again=leaves > rows)
+        before = max(leaves - 2 * rows, 0) * decoder.image
+        return [
+            {"images": before, "activations": decoder.peak},
+            {"images": 2 * leaves * decoder.image},  # joined
+        ]
+
+    def _decode(self) -> Phase:
+        """Of the last batch of prompts, and the joining of the batches after it."""
+        moments = []
+        several = self.batch < self.prompts
+        for plan, states in zip(self.plans, self.states, strict=True):
+            size = states.kept * self.prompts * self.skeleton.state_bytes
+            device, host = self._stored("states", size)
+            images, images_host = self._images_before(plan)
+            parts = {**self._always, **device}
+            on_host = {**self._always_on_host, **host, **images_host}
+            for decoding in self._decoding(self.batch * plan.leaves):
+                both = {**decoding, "images": decoding["images"] + images.get("images", 0)}
+                moments.append(({**parts, **both}, on_host))
+            if several:
+                device, host = self._stored("states", size + self._kept(states))
+                parts = {**self._always, **device, **images}
+                moments.append((parts, {**self._always_on_host, **host, **images_host}))
+        return self._phase("decode", moments)
+
+    def _for_update(self, states: StateCounts) -> tuple[dict[str, int], dict[str, int]]:
+        size = self._kept(states)
+        if self.config.objective.kl_weight > 0:
+            size += states.nodes * self.prompts * self.skeleton.state_bytes
+        device, host = self._stored("states", size)
+        embeddings = {"embeddings": self._embeddings(self.prompts)}
+        return {**self._always, **device, **embeddings}, {**self._always_on_host, **host}
+
+    def _reference(self) -> Phase:
+        """The reference's means; a copy that waits on the CPU comes to the device."""
+        moments = []
+        for plan, states in zip(self.plans, self.states, strict=True):
+            device, host = self._for_update(states)
+            widest = max(plan.widths[step] for step in plan.stochastic_steps) * self.prompts
+            rows = min(self.config.train.micro_batch, widest)
+            device["activations"] = self.measured.rollout(
+                self.config.model, rows=rows, children=1, again=widest > rows
+            )
+            if self.has_copy and not self.on_cpu:
+                device["reference"] = self._always["network"]
+                host.pop("reference", None)
+            moments.append((device, host))
+        return self._phase("reference", moments)
+
+    def _update(self, distributed: bool) -> Phase:
+        settings, objective = self.config.train, self.config.objective
+        share = self.prompts // settings.updates_per_iteration
+        moments = []
+        for plan, states in zip(self.plans, self.states, strict=True):
+            rows_by_step = [plan.widths[step] * share for step in plan.stochastic_steps]
+            rows = min(settings.micro_batch, max(rows_by_step))
+            batches = sum(math.ceil(rows / settings.micro_batch) for rows in rows_by_step)
+            siblings = max(plan.branching[step] for step in plan.stochastic_steps)
+            peak = self.measured.update(
+                self.config.model,
+                rows=rows,
+                siblings=siblings,
+                accumulate=batches > 1,
+                guard=objective.guard,
+                kl_weight=objective.kl_weight,
+            )
+            device, host = self._for_update(states)
+            gradients = min(self.trained, peak)
+            device["activations"] = peak - gradients
+            device["gradients"] = gradients + (self.trained if distributed else 0)
+            if self.config.rollout.offload:
+                device["states"] = rows * (1 + siblings) * self.skeleton.state_bytes
+            moments.append((device, host))
+        return self._phase("update", moments)
+
+    def _optimizer(self, distributed: bool) -> Phase:
+        moments = []
+        for states in self.states:
+            device, host = self._for_update(states)
+            device["gradients"] = self.trained * (2 if distributed else 1)
+            if self.config.train.ema_decay is not None:
+                # The average is moved one tensor at a time, by two temporary ones.
+                device["activations"] = 2 * max(total_bytes([p]) for p in self.skeleton.trained)
+            moments.append((device, host))
+        return self._phase("optimizer", moments)
+
+
+PARTS = (
+    "network",
+    "adapters",
+    "reference",
+    "decoder",
+    "text encoders",
+    "average",
+    "optimizer",
+    "gradients",
+    "activations",
+    "embeddings",
+    "states",
+    "images",
+)
+"""The parts of memory, in the order of tables."""

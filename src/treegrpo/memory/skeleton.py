@@ -1,0 +1,411 @@
+"""Memory of the work itself, counted on a model without weights.
+
+No formula of any architecture is written down here. The policy's own `predictor` and `decode` and
+the objective's own `losses` run, forward and backward, on fake tensors (shapes and dtypes without
+data), and `PeakBytes` adds what is allocated and takes off what is freed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.checkpoint import checkpoint
+
+from treegrpo.config import ModelConfig
+from treegrpo.evaluate import default_device
+from treegrpo.models.embeddings import EmbeddingStore
+from treegrpo.models.policy import PROMPTS_PER_ENCODING, Policy, open_policy
+from treegrpo.objective import losses
+from treegrpo.plan import RolloutPlan
+from treegrpo.rollout import Level, Rollout, rollout
+from treegrpo.transition import Transition
+
+FLOAT32 = 4  # bytes
+_CPU = torch.device("cpu")
+_TRANSITION = Transition(clean_weight=0.5, noise_weight=0.5, std=1.0)  # any, without values
+
+
+class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Bytes of the storages made inside that are alive, now and at most; real tensors or fake ones.
+
+    Attributes:
+        live, peak: bytes.
+    """
+
+    def __init__(self, longest_prompt: int = 0) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = self.peak = 0
+        self._longest_prompt = longest_prompt
+        self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.prim.device.default:  # asked most often of all
+            return func(*args)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            # A fake tensor has no values. Those that are asked for are statistics, for which any
+            # number does, and lengths of prompts, which are all at their longest.
+            return 0.0 if args[0].dtype.is_floating_point else self._longest_prompt
+        result = func(*args, **(kwargs or {}))
+        results = _storages(result)
+        if results:
+            for key in results.keys() - self._made.keys() - _storages((args, kwargs)).keys():
+                self._add(key, results[key])
+            # The CPU's 3-d convolution makes its result twice, in two layouts.
+            is_video = func is torch.ops.aten.convolution.default and result.dim() == 5
+            workspace = total_bytes([result]) if is_video else 0
+            self.peak = max(self.peak, self.live + workspace)
+        return result
+
+    def _add(self, key: int, storage: torch.UntypedStorage) -> None:
+        size = storage.nbytes()
+
+        def freed(_: Any) -> None:
+            self.live -= size
+            del self._made[key]
+
+        self._made[key] = weakref.ref(storage, freed)
+        self.live += size
+
+
+def _storages(values: Any) -> dict[int, torch.UntypedStorage]:
+    storages = (v.untyped_storage() for v in tree_leaves(values) if isinstance(v, Tensor))
+    return {storage._cdata: storage for storage in storages}
+
+
+class CudaAutocast(TorchFunctionMode):
+    """Autocast on the CPU with the dtypes that it has on CUDA.
+
+    There, these operations compute in float32 and so give larger results (the list of "CUDA ops
+    that autocast to float32", https://docs.pytorch.org/docs/stable/amp.html, and the upsampling).
+    """
+
+    _IN_FLOAT32 = re.compile(
+        "(layer|group|rms|vector)_norm|norm|normalize|(log_)?softmax|softplus|(__)?pow(__)?|rsqrt|"
+        "reciprocal|exp|log|sum|cumsum|interpolate"
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if self._IN_FLOAT32.fullmatch(name) and torch.is_autocast_enabled("cpu"):
+            args, kwargs = tree_map(_float32, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _float32(value: Any) -> Any:
+    is_half = isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16)
+    return value.float() if is_half else value
+
+
+def _checkpoint_on_cuda(module: nn.Module, *inputs: Any) -> Any:
+    """Gradient checkpointing as diffusers does it. Backward puts modes aside, so it has its own."""
+
+    def call(*inputs: Any) -> Any:
+        with CudaAutocast():
+            return module(*inputs)
+
+    return checkpoint(call, *inputs, use_reentrant=False)
+
+
+class _EveryPrompt(EmbeddingStore):
+    """Has the fake embeddings of every prompt, each at its longest."""
+
+    def __init__(self, policy: Policy, mode: FakeTensorMode) -> None:
+        super().__init__(None)
+        self._shapes, self._dtype, self._mode = policy.conditioning_shapes(), policy.dtype, mode
+
+    def __contains__(self, prompt: str) -> bool:
+        return True
+
+    def get(self, prompt: str) -> dict[str, Tensor]:
+        with self._mode:
+            return {
+                name: torch.ones(shape, dtype=torch.int64 if name == "mask" else self._dtype)
+                for name, shape in self._shapes.items()
+            }
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Bytes of `Policy.decode` at its peak, and of one image or video."""
+
+    peak: int
+    image: int
+
+
+class Skeleton:
+    """A checkpoint's network and decoder without weights, whose calls tell their peak bytes.
+
+    Attributes:
+        policy: opened for these settings; its network and decoder hold fake tensors.
+    """
+
+    def __init__(self, model: ModelConfig, steps: int) -> None:
+        """
+        Raises:
+            ModelError: as `open_policy`.
+        """
+        self.policy = policy = _open(model, steps)
+        self._steps = steps
+        self._cuda = planned_device(model).type == "cuda"
+        self._mode = FakeTensorMode()
+        policy.store = _EveryPrompt(policy, self._mode)
+        policy.network = self._part(policy.network_name, master_weights=not model.lora_rank)
+        policy.vae = self._part("vae").requires_grad_(False)
+        # As `Policy.load` does; copies depend on it.
+        if all(parameter.dim() < 5 for parameter in policy.vae.parameters()):
+            policy.vae.to(memory_format=torch.channels_last)
+        if model.lora_targets:
+            policy.check_lora_targets(model.lora_targets)
+        if model.lora_rank:
+            policy.add_lora(
+                model.lora_rank, model.lora_alpha or 2 * model.lora_rank, model.lora_targets
+            )
+        policy.configure(
+            gradient_checkpointing=model.gradient_checkpointing, vae_tiling=model.vae_tiling
+        )
+        if self._cuda and model.gradient_checkpointing:
+            network: Any = policy.network
+            network.enable_gradient_checkpointing(_checkpoint_on_cuda)
+        for part in (policy.network, policy.vae):
+            _make_fake(part.eval(), self._mode)
+
+    def _part(self, name: str, *, master_weights: bool = False) -> nn.Module:
+        """As `Policy.load` reads it, on the meta device."""
+        part_class: Any = self.policy.part_class(name)
+        config = dict(self.policy.configs[name])
+        with torch.device("meta"):
+            is_transformers = hasattr(part_class, "config_class")
+            part: nn.Module = (
+                part_class(part_class.config_class.from_dict(config))
+                if is_transformers
+                else part_class.from_config(config)
+            )
+        strict = "_strict" if is_transformers else ""  # its other list is about float16 alone
+        kept = set(getattr(part_class, f"_keep_in_fp32_modules{strict}", None) or ())
+        for key, parameter in part.named_parameters():
+            if not master_weights and not kept & set(key.split(".")):
+                parameter.data = parameter.data.to(self.policy.dtype)
+        return part
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a forward takes two rows of the network, with the prompt and without."""
+        policy = self.policy
+        return policy.sampling.guidance_scale > 1 and not policy.guidance_is_embedded
+
+    @cached_property
+    def adapters(self) -> tuple[Tensor, ...]:
+        """Those of LoRA."""
+        named = self.policy.network.named_parameters()
+        return tuple(p for name, p in named if ".lora_" in name)
+
+    @cached_property
+    def trained(self) -> tuple[Tensor, ...]:
+        return tuple(p for p in self.policy.network.parameters() if p.requires_grad)
+
+    @cached_property
+    def encoders(self) -> tuple[nn.Module, ...]:
+        """The text encoders, of fake tensors."""
+        names = [name for name in self.policy.text_parts if name in self.policy.configs]
+        parts = [self._part(name).eval() for name in names]
+        for part in parts:
+            _make_fake(part, self._mode)
+        return tuple(parts)
+
+    @property
+    def state_bytes(self) -> int:
+        return math.prod(self.policy.latent_shape) * FLOAT32
+
+    @property
+    def embedding_bytes(self) -> int:
+        """Of one prompt's conditioning."""
+        return total_bytes(self.policy.encode([""]).values())
+
+    def rollout(self, rows: int, children: int, *, again: bool) -> int:
+        """Peak bytes of one step of a rollout beside the states that it makes.
+
+        Args:
+            rows: nodes of a batch.
+            children: of each.
+            again: whether there are more batches, which begin before the last one's tensors leave.
+        """
+        policy = self.policy
+        predict = policy.predictor(policy.encode([""]), self._steps)
+        schedule = policy.schedule(self._steps)
+        nodes = 2 * rows if again else rows
+        plan = RolloutPlan(nodes, (children,), (True,))
+        with self._mode:
+            noise = torch.empty(1, nodes, *policy.latent_shape)
+            with self._counting() as count:
+                rollout(predict, noise, plan, schedule, (_TRANSITION,), max_batch=rows)
+        # What follows, and the draws for it.
+        return count.peak - 2 * nodes * children * self.state_bytes
+
+    def update(
+        self, rows: int, siblings: int, *, accumulate: bool, guard: bool, kl_weight: float
+    ) -> int:
+        """Peak bytes of an update's micro-batch, its gradients included.
+
+        Args:
+            rows: nodes of a micro-batch.
+            siblings: children of each.
+            accumulate: whether gradients of an earlier micro-batch are there already.
+        """
+        policy = self.policy
+        predict = policy.predictor(policy.encode([""]), self._steps)
+        schedule = policy.schedule(self._steps)
+        plan = RolloutPlan(rows, (siblings,), (True,))
+        with self._mode:
+            for parameter in self.trained:
+                parameter.grad = torch.empty_like(parameter) if accumulate else None
+            nodes = torch.empty(1, rows, *policy.latent_shape)
+            children = torch.empty(1, rows * siblings, *policy.latent_shape)
+            edges = torch.empty(1, rows * siblings)
+            level = Level(0, _TRANSITION, nodes, children, edges, nodes)
+            forest = Rollout(plan, schedule, children, (level,), 0, "mean")
+            with self._counting() as count:
+                (loss,) = losses(
+                    predict, forest, [edges], kl_weight=kl_weight, reference=[nodes], guard=guard
+                )
+                loss.backward()  # type: ignore[no-untyped-call]
+        for parameter in self.trained:
+            parameter.grad = None
+        return count.peak + (total_bytes(self.trained) if accumulate else 0)
+
+    def decode(self, rows: int, frames: int, *, again: bool) -> Decoding:
+        """Of the decoder on so many latents, or on as many again after them.
+
+        Args:
+            frames: of a video, which are kept.
+        """
+        with self._mode:
+            latents = torch.empty(2 * rows if again else rows, *self.policy.latent_shape)
+            with self._counting() as count:
+                images = self.policy.decode(latents, rows, frames)
+        return Decoding(count.peak, total_bytes([images]) // len(images))
+
+    def encode(self) -> int:
+        """Peak bytes of the text encoders' forward on a batch of the longest prompts."""
+        peak = 0
+        for encoder in self.encoders:
+            config: Any = encoder.config
+            tokens = self.policy.sampling.max_sequence_length
+            if getattr(config, "model_type", "").startswith("clip") or tokens is None:
+                tokens = config.max_position_embeddings
+            with torch.no_grad(), self._mode:
+                ids = torch.zeros(PROMPTS_PER_ENCODING, tokens, dtype=torch.int64)
+                with self._counting() as count:
+                    encoder(ids)
+            peak = max(peak, count.peak)
+        return peak
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[PeakBytes]:
+        lengths = [shape[0] for shape in self.policy.conditioning_shapes().values()]
+        with contextlib.ExitStack() as stack:
+            if self._cuda:
+                stack.enter_context(CudaAutocast())
+            yield stack.enter_context(PeakBytes(max(lengths)))
+
+
+def planned_device(model: ModelConfig) -> torch.device:
+    """The device of a configuration, which need not be in this machine."""
+    return default_device() if model.device == "auto" else torch.device(model.device)
+
+
+def _open(model: ModelConfig, steps: int) -> Policy:
+    return open_policy(
+        model.path,
+        device=_CPU,
+        dtype=getattr(torch, model.dtype),
+        weights=False,
+        steps=steps,
+        guidance_scale=model.guidance_scale,
+        negative_prompt=model.negative_prompt,
+        height=model.height,
+        width=model.width,
+        frames=model.frames,
+        max_sequence_length=model.max_sequence_length,
+    )
+
+
+def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
+    """Move a module from the meta device to the CPU, in name.
+
+    The meta device itself would choose other attention kernels.
+    """
+    made: dict[int, Tensor] = {}
+    for part in module.modules():
+        # Some models keep tensors as plain attributes.
+        of_part: tuple[dict[str, Any], ...] = part._parameters, part._buffers, vars(part)
+        for tensors in of_part:
+            for name, tensor in tensors.items():
+                if isinstance(tensor, Tensor):
+                    if id(tensor) not in made:
+                        with mode:
+                            fake = torch.empty_strided(
+                                tensor.shape, tensor.stride(), dtype=tensor.dtype
+                            )
+                        if isinstance(tensor, nn.Parameter):
+                            fake = nn.Parameter(fake, tensor.requires_grad)
+                        made[id(tensor)] = fake
+                    tensors[name] = made[id(tensor)]
+
+
+def total_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class Measurements:
+    """What skeletons tell, each thing measured once, for the settings that matter to it."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._skeletons: dict[str, Skeleton] = {}
+        self._known: dict[Any, Any] = {}
+
+    def skeleton(self, model: ModelConfig) -> Skeleton:
+        key = model.model_dump_json()
+        if key not in self._skeletons:
+            self._skeletons[key] = Skeleton(model, self._steps)
+        return self._skeletons[key]
+
+    def rollout(self, model: ModelConfig, **settings: Any) -> int:
+        same = {"gradient_checkpointing": False, "vae_tiling": False}
+        return int(self._once(model.model_copy(update=same), "rollout", **settings))
+
+    def update(self, model: ModelConfig, **settings: Any) -> int:
+        return int(self._once(model.model_copy(update={"vae_tiling": False}), "update", **settings))
+
+    def decode(self, model: ModelConfig, **settings: Any) -> Decoding:
+        same = {"gradient_checkpointing": False, "lora_rank": 0}
+        decoding: Decoding = self._once(model.model_copy(update=same), "decode", **settings)
+        return decoding
+
+    def encode(self, model: ModelConfig) -> int:
+        same = {"gradient_checkpointing": False, "lora_rank": 0, "vae_tiling": False}
+        return int(self._once(model.model_copy(update=same), "encode"))
+
+    def _once(self, model: ModelConfig, question: str, **settings: Any) -> Any:
+        key = (model.model_dump_json(), question, *settings.items())
+        if key not in self._known:
+            self._known[key] = getattr(self.skeleton(model), question)(**settings)
+        return self._known[key]

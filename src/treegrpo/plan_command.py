@@ -1,0 +1,276 @@
+"""`treegrpo plan`: what an iteration of a configuration takes of forwards and of memory.
+
+Nothing is trained and no weight is read. Imports torch only to work, so that mistakes answer at
+once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from treegrpo.config import Config
+from treegrpo.errors import UserError
+
+if TYPE_CHECKING:
+    from treegrpo.memory import Advice, Estimate
+
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{ending}": base**power
+    for ending, base in (("B", 1000), ("iB", 1024))
+    for power, prefix in enumerate("KMGT", start=1)
+}
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a size such as "24GiB", "24 GB" or "24000000000".
+
+    Raises:
+        UserError: it is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", text.strip())
+    units = {unit.lower(): size for unit, size in _UNITS.items()}
+    size = units.get(match[2].lower()) if match else None
+    if match is None or size is None or not (result := int(float(match[1]) * size)):
+        raise UserError(
+            f"--memory: got {text!r}; must be a size such as 24GiB (1024^3 bytes), 24GB (1000^3 "
+            "bytes) or a number of bytes"
+        )
+    return result
+
+
+@dataclass(frozen=True)
+class WindowWork:
+    """Forwards (rows) that one prompt takes with the window at a start.
+
+    Attributes:
+        share: of the iterations that have it there.
+        update: of one pass over the prompt's nodes, with gradient.
+    """
+
+    start: int
+    share: float
+    rollout: int
+    update: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """Of an iteration. A forward is one row through the network; classifier-free guidance makes two
+    rows of it.
+
+    Attributes:
+        windows: by the window's start.
+        rollout, update, reference: forwards per prompt, on average; an update's over all its
+            passes, the reference's where there is a KL term.
+        rows_per_forward: 2 under classifier-free guidance, else 1.
+        prompts, leaves: per iteration, and per prompt.
+        processes: which share the prompts.
+        updates: optimizer steps.
+    """
+
+    windows: tuple[WindowWork, ...]
+    rollout: float
+    update: float
+    reference: float
+    rows_per_forward: int
+    prompts: int
+    leaves: int
+    processes: int
+    updates: int
+
+    @property
+    def images(self) -> int:
+        """Decoded and scored per iteration."""
+        return self.prompts * self.leaves
+
+
+def count_work(config: Config, *, guided: bool, processes: int = 1) -> Work:
+    """The forwards of an iteration: under the random window its mean over the distribution, else
+    over the run's iterations.
+
+    Raises:
+        PlanError: the window or the leaves do not fit.
+    """
+    from treegrpo.trainer import build_plan, window_schedule
+
+    schedule = window_schedule(config)
+    if schedule.kind == "random":
+        shares = dict(enumerate(schedule.probabilities))
+    else:
+        count = config.train.iterations
+        starts = Counter(schedule.at(iteration) for iteration in range(count))
+        shares = {start: starts[start] / count for start in sorted(starts)}
+    plans = {start: build_plan(config.rollout, start) for start in shares}
+    windows = tuple(
+        WindowWork(start, share, plans[start].rollout_forwards, plans[start].update_forwards)
+        for start, share in shares.items()
+    )
+    passes = config.train.inner_epochs
+    update = sum(window.share * window.update for window in windows)
+    return Work(
+        windows,
+        sum(window.share * window.rollout for window in windows),
+        update * passes,
+        update if config.objective.kl_weight > 0 else 0.0,
+        2 if guided else 1,
+        config.rollout.prompts_per_iteration,
+        max(plan.leaves for plan in plans.values()),
+        processes,
+        passes * config.train.updates_per_iteration,
+    )
+
+
+def plan_command(
+    config: Config,
+    *,
+    memory: int | None = None,
+    processes: int = 1,
+    json_file: Path | None = None,
+) -> None:
+    """Print the work and the memory of an iteration, and settings that fit into `memory` bytes.
+
+    Raises:
+        UserError: the model or a setting cannot be used, or the processes cannot share the prompts.
+    """
+    from treegrpo.memory import Measurements, estimate, suggest
+
+    share = processes * config.train.updates_per_iteration
+    if config.rollout.prompts_per_iteration % share:
+        raise UserError(
+            f"rollout.prompts_per_iteration: got {config.rollout.prompts_per_iteration}; must be a "
+            f"multiple of {processes} processes x {config.train.updates_per_iteration} updates per "
+            "iteration"
+        )
+    measurements = Measurements(config.rollout.steps)
+    needed = estimate(config, processes=processes, measurements=measurements)
+    work = count_work(config, guided=needed.guided, processes=processes)
+    console = Console(highlight=False)
+    for table in (_work_table(work), _memory_table(needed)):
+        console.print(table)
+    console.print(_sizes(work, needed), soft_wrap=True)
+    advice = None
+    if memory is not None:
+        fits = needed.peak <= memory
+        if not fits:
+            advice = suggest(config, memory, processes=processes, measurements=measurements)
+        _print_advice(console, needed, memory, advice)
+    if json_file is not None:
+        summary = _summary(work, needed, memory, advice)
+        json_file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+# --- printing ---
+
+
+def _work_table(work: Work) -> Table:
+    table = Table(title="forwards of an iteration", title_justify="left")
+    table.add_column("")
+    for name in ("per prompt", "all prompts", "per process"):
+        table.add_column(name, justify="right")
+    if work.rows_per_forward == 2:
+        table.add_column("with guidance", justify="right")
+
+    def row(name: str, forwards: float) -> None:
+        each = [forwards, forwards * work.prompts, forwards * work.prompts / work.processes]
+        if work.rows_per_forward == 2:
+            each.append(2 * each[2])
+        table.add_row(name, *(f"{number:,.1f}".removesuffix(".0") for number in each))
+
+    starts = len(work.windows)
+    row("rollout, on average" if starts > 1 else "rollout", work.rollout)
+    if starts > 1:
+        for window in work.windows:
+            row(f"  window at {window.start} ({window.share:.1%})", window.rollout)
+    row("update, with gradient", work.update)
+    if work.reference:
+        row("reference", work.reference)
+    return table
+
+
+def _memory_table(needed: Estimate) -> Table:
+    from treegrpo.memory import PARTS
+
+    table = Table(title=f"memory on {needed.device}, at each phase's fullest", title_justify="left")
+    table.add_column("")
+    for phase in needed.phases:
+        table.add_column(phase.name, justify="right")
+    unit, size = _unit(needed.peak)
+
+    def row(name: str, values: Iterable[int], style: str | None = None) -> None:
+        shown = [f"{value / size:,.2f}" if value else "" for value in values]
+        if any(shown):
+            table.add_row(name, *shown, style=style)
+
+    for part in PARTS:
+        row(part, [phase.device.get(part, 0) for phase in needed.phases])
+    table.add_section()
+    row(f"sum ({unit})", [phase.peak for phase in needed.phases], style="bold")
+    host = [sum(phase.host.values()) for phase in needed.phases]
+    if any(host):
+        row("in the CPU's memory", host)
+    return table
+
+
+def _sizes(work: Work, needed: Estimate) -> str:
+    share = needed.trained / needed.parameters
+    lines = [
+        f"network {needed.parameters:,} parameters, trained {needed.trained:,} ({share:.2%}); "
+        f"decoder {needed.decoder:,}; text encoders {needed.encoders:,}",
+        f"{work.images:,} images an iteration ({work.prompts:,} prompts x {work.leaves:,}), "
+        f"{work.updates:,} optimizer step" + ("s" if work.updates > 1 else ""),
+        f"peak {_shown(needed.peak)} in {needed.fullest.name}",
+    ]
+    return "\n".join(lines)
+
+
+def _print_advice(console: Console, needed: Estimate, memory: int, advice: Advice | None) -> None:
+    if advice is None:
+        console.print(
+            f"fits into {_shown(memory)}: {_shown(memory - needed.peak)} left", soft_wrap=True
+        )
+        return
+    if advice.fits:
+        console.print(f"does not fit into {_shown(memory)}; it does with")
+    else:
+        console.print(
+            f"does not fit into {_shown(memory)}, and no settings of the same model and size make "
+            "it fit" + ("; the least is taken with" if advice.changes else ""),
+            soft_wrap=True,
+        )
+    table = Table("setting", show_header=True)
+    table.add_column("peak", justify="right")
+    for change in advice.changes:
+        value = str(change.value).lower() if isinstance(change.value, bool) else change.value
+        table.add_row(f"{change.key}={value}", _shown(change.peak))
+    if advice.changes:
+        console.print(table)
+
+
+def _summary(
+    work: Work, needed: Estimate, memory: int | None, advice: Advice | None
+) -> dict[str, Any]:
+    return {
+        "work": {**asdict(work), "images": work.images},
+        "memory": {**asdict(needed), "peak": needed.peak},
+        "limit": memory,
+        "fits": None if memory is None else needed.peak <= memory,
+        "advice": None if advice is None else asdict(advice),
+    }
+
+
+def _unit(size: int) -> tuple[str, int]:
+    return ("GiB", 2**30) if size >= 2**30 else ("MiB", 2**20)
+
+
+def _shown(size: int) -> str:
+    unit, each = _unit(size)
+    return f"{size / each:,.2f} {unit}"
