@@ -232,9 +232,9 @@ RECIPES = {
     "sd3.5-medium-lora-80gb": (1, "80GB"),
     "sd3.5-medium-lora-24gb": (1, "24GB"),
     "flux.1-dev-lora": (1, "80GB"),
-    "sdxl-lora": (1, "80GB"),
+    "sdxl-lora": (1, "24GB"),
     "sd1.5-lora": (1, "24GB"),
-    "wan2.1-1.3b-lora": (1, "80GB"),
+    "wan2.1-1.3b-lora": (1, "24GB"),
 }
 
 

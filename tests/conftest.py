@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from command_line import CommandLine
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
@@ -37,3 +38,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_checkpoint")
     pretrain.save(pipeline, folder)
     return folder
+
+
+@pytest.fixture
+def treegrpo(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> CommandLine:
+    """In an empty folder, with wide lines."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return CommandLine(capsys, monkeypatch)

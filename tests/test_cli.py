@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from command_line import CommandLine
 
-from treegrpo import __version__, cli
+from treegrpo import __version__
 from treegrpo.checkpoint import check_folder
 from treegrpo.config import Config, load_config, to_yaml
 
@@ -13,41 +14,11 @@ HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "scipy", "m
 
 
 @pytest.fixture(autouse=True)
-def _empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "200")
-    (tmp_path / "file").touch()
+def _file(treegrpo: CommandLine) -> None:
+    Path("file").touch()
 
 
-class CommandLine:
-    """Runs the command line in this process, as its console script does."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], patch: pytest.MonkeyPatch) -> None:
-        self._capsys, self._patch = capsys, patch
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        """The exit code, standard output and standard error."""
-        self._patch.setattr(sys, "argv", ["treegrpo", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        output = self._capsys.readouterr()
-        assert isinstance(caught.value.code, int)
-        return caught.value.code, output.out, output.err
-
-    def refusal(self, *arguments: str) -> str:
-        """The message of a command that must be refused."""
-        code, out, err = self(*arguments)
-        assert (code, out) == (2, "")
-        assert err.startswith("error: ")
-        return err.removeprefix("error: ").removesuffix("\n")
-
-
-@pytest.fixture
-def treegrpo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
-    return CommandLine(capsys, monkeypatch)
-
-
-@pytest.mark.parametrize("command", [[], ["train"], ["sample"], ["evaluate"]])
+@pytest.mark.parametrize("command", [[], ["train"], ["plan"], ["sample"], ["evaluate"]])
 def test_help_answers(command: list[str], treegrpo: CommandLine) -> None:
     for flag in ("--help", "-h"):
         code, out, _ = treegrpo(*command, flag)
@@ -129,6 +100,7 @@ def test_a_folder_with_a_run_is_neither_mixed_nor_lost(treegrpo: CommandLine) ->
         (["train", "rollout.branching=0"], 2),
         # The last check of each command, so that all of them have run.
         (["train", "output=file"], 2),
+        (["plan", "--json", "no/such.json"], 2),
         (["sample", "miniature", "--prompt", "a cat", "--out", "no/such.png"], 2),
         (["evaluate", "miniature", "--json", "no/such.json"], 2),
     ],
