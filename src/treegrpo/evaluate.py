@@ -18,7 +18,7 @@ from treegrpo.models.folder import ModelError
 from treegrpo.models.policy import Policy, load_weights, open_policy
 from treegrpo.plan import RolloutPlan
 from treegrpo.prompts import Prompt
-from treegrpo.rewards import Reward, RewardError, load_reward, score
+from treegrpo.rewards import Reward, RewardError, as_pictures, load_reward, score
 from treegrpo.rollout import rollout
 from treegrpo.transition import transitions
 
@@ -137,7 +137,8 @@ def score_images(
     count = images.shape[1]
     texts = [prompt.text for prompt in prompts for _ in range(count)]
     metadata = [dict(prompt.metadata) for prompt in prompts for _ in range(count)]
-    values = score(name, reward, images.flatten(0, 1), texts, metadata, keep_folder, frames)
+    pictures = as_pictures(images.flatten(0, 1))
+    values = score(name, reward, pictures, texts, metadata, keep_folder, frames)
     return values.view(len(prompts), count)
 
 

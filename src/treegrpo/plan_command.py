@@ -156,6 +156,8 @@ def plan_command(
     console = Console(highlight=False)
     for table in (_work_table(work), _memory_table(needed)):
         console.print(table)
+    if config.model.device == "auto" and needed.device == "cpu":
+        console.print("there is no GPU here; model.device=cuda plans for one", soft_wrap=True)
     console.print(_sizes(work, needed), soft_wrap=True)
     advice = None
     if memory is not None:

@@ -50,7 +50,7 @@ from treegrpo.plan import RolloutPlan, WindowSchedule
 from treegrpo.prompts import Prompt, PromptSampler, load_train_and_held_out, overlap
 from treegrpo.report.model_card import write_model_card
 from treegrpo.report.run import RunLog, TrainingResult, describe, write_report, write_versions
-from treegrpo.rewards import Reward, RewardError, load_reward, score
+from treegrpo.rewards import Reward, RewardError, as_pictures, load_reward, score
 from treegrpo.rollout import Predict, Rollout, join, rollout
 from treegrpo.transition import transitions
 
@@ -420,8 +420,7 @@ class Trainer:
                         settings.decode_batch or settings.max_batch,
                         frames=max(self.frames.values()),
                     )
-                    if settings.offload:
-                        images = images.cpu()
+                    images = as_pictures(images.cpu() if settings.offload else images)
                 with watch("reward"):
                     scores.append(self._score(images, part, pool))
             with watch("reward"):

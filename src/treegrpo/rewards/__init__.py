@@ -149,6 +149,14 @@ def _check_options(name: str, target: Any, options: dict[str, Any]) -> None:
             raise UserError(f"reward {name!r}: the option {parameter.name!r} must be given")
 
 
+def as_pictures(images: Tensor) -> Tensor:
+    """Images in [0, 1], rounded to the 256 levels that a picture file has: float32, same shape.
+
+    A reward then says the same of them here, on a server and on a file.
+    """
+    return (images.float() * 255).round().clamp(0, 255) / images.new_tensor(255.0).float()
+
+
 def score(
     name: str,
     reward: Reward,
@@ -165,7 +173,7 @@ def score(
     Args:
         name: the reward's name in error messages.
         reward: the reward.
-        images: float [N, 3, H, W] in [0, 1], or videos [N, all frames, 3, H, W].
+        images: from `as_pictures`, [N, 3, H, W], or videos [N, all frames, 3, H, W].
         prompts: one per image.
         metadata: one dict per image, or None.
         keep_folder: where the images and prompts of a failed batch are saved, if anywhere.
@@ -184,9 +192,6 @@ def score(
         flat = images[:, chosen].flatten(0, 1)
         values = score(name, reward, flat, repeated, each, keep_folder)
         return values.view(len(images), len(chosen)).mean(1)
-
-    # As any picture file has them, so that a reward says the same here, on a server and on a file.
-    images = (images.float() * 255).round().clamp(0, 255) / images.new_tensor(255.0).float()
 
     def failure(problem: str) -> RewardError:
         kept = _keep(name, images, prompts, keep_folder) if keep_folder else "were not kept"
