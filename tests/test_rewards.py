@@ -27,7 +27,14 @@ from treegrpo.miniature.scenes import (
     place,
     render,
 )
-from treegrpo.rewards import BUILT_IN, RewardError, check_reward, load_reward, score
+from treegrpo.rewards import (
+    BUILT_IN,
+    RewardError,
+    as_pictures,
+    check_reward,
+    load_reward,
+    score,
+)
 from treegrpo.rewards.composition import (
     composition,
     composition_accuracy,
@@ -274,18 +281,12 @@ def test_options_that_are_not_allowed_are_refused(options: dict[str, float], mes
     assert str(caught.value) == f"reward '{WEIGHTED}': {message}"
 
 
-def test_a_reward_sees_what_a_picture_file_would_hold() -> None:
-    seen: list[torch.Tensor] = []
-
-    def keep(images: torch.Tensor, prompts: list[str], metadata: object) -> list[float]:
-        seen.append(images)
-        return [0.0] * len(images)
-
+def test_pictures_are_what_a_file_would_hold() -> None:
     images = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    score("keep", keep, images, ["", ""], None, None)
-    levels = seen[0] * 255
-    torch.testing.assert_close(levels, levels.round(), rtol=0, atol=1e-4)
-    assert (seen[0] - images).abs().max() <= 0.5 / 255 + 1e-6
+    pictures = as_pictures(images)
+    saved = (images * 255).round().byte()  # as diffusers turns them into pictures
+    assert torch.equal(pictures, saved.float() / 255)
+    assert torch.equal(as_pictures(pictures), pictures)
 
 
 def test_a_video_is_scored_by_the_mean_of_some_frames() -> None:

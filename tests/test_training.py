@@ -306,11 +306,8 @@ def test_work_is_counted_over_all_updates(configure: Callable[..., Config]) -> N
 def test_some_settings_change_time_and_memory_only(
     changes: tuple[str, ...], configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def unrounded(name: str, reward: Any, images: torch.Tensor, *others: object) -> torch.Tensor:
-        return toy_rewards.brightness(images, [], None)
-
     # Pictures of 256 levels would turn a difference in the last bit into one of a level.
-    monkeypatch.setattr("treegrpo.trainer.score", unrounded)
+    monkeypatch.setattr("treegrpo.trainer.as_pictures", lambda images: images)
 
     def gradients(*changes: str) -> torch.Tensor:
         # With the terms that keep more than the states.
