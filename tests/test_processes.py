@@ -36,18 +36,21 @@ asked = 0
 
 def order(images, prompts, metadata):
     '''Which of its prompt's samples an image is: a signal that rounding does not change.'''
-    return torch.arange(len(images)) % 4
+    is_evaluation = len(set(prompts)) == len(prompts)  # in which batches are of any size
+    return torch.zeros(len(images)) if is_evaluation else torch.arange(len(images)) % 4
 
 def brightness(images, prompts, metadata):
     '''Keeps a record; when the second process asks for the n-th time, something happens.'''
     global asked
     scores = images.mean((1, 2, 3))
-    if len(images) == 2:  # the evaluation
-        return scores
     rank = os.environ.get("RANK", "0")
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    with Path(os.environ["RECORD"], f"{rank}.jsonl").open("a") as file:
+    is_evaluation = len(set(prompts)) == len(prompts)
+    name = f"{rank}-evaluation.jsonl" if is_evaluation else f"{rank}.jsonl"
+    with Path(os.environ["RECORD"], name).open("a") as file:
         print(json.dumps([world, prompts, scores.tolist()]), file=file)
+    if is_evaluation:
+        return scores
     asked += 1
     if rank == "1" and asked == int(os.environ["WHEN"]):
         if os.environ["WHAT"] == "failure":
@@ -72,7 +75,7 @@ def settings_of(tiny_checkpoint: Path, output: Path, iterations: int) -> list[st
         "train.micro_batch=1",
         "train.save_every=0",
         f"train.iterations={iterations}",
-        "evaluation.max_prompts=2",
+        "evaluation.max_prompts=3",
         "evaluation.images_per_prompt=1",
         "evaluation.accuracy=null",
         "model.device=cpu",
@@ -181,6 +184,30 @@ def test_gradients_are_those_of_all_prompts(story: Path, tiny_checkpoint: Path) 
     assert torch.equal(flat(exported.parameters()), average)
 
 
+def evaluations_of(story: Path, name: str) -> list[dict[str, float]]:
+    return checkpoint.read_lines(story / name / "evaluations.jsonl")
+
+
+def test_each_held_out_prompt_is_evaluated_by_one_process(story: Path) -> None:
+    def evaluated(record: str, rank: int) -> tuple[list[list[str]], list[list[float]]]:
+        lines = (story / record / f"{rank}-evaluation.jsonl").read_text().splitlines()
+        _, prompts, scores = zip(*map(json.loads, lines), strict=True)
+        return list(prompts), list(scores)
+
+    prompts, scores = evaluated("alone", 0)
+    assert [len(each) for each in prompts] == [3, 3]  # before and after
+    # The resumed run evaluates the untrained model again, then the trained one.
+    shares = [evaluated("resumed", rank) for rank in (0, 1)]
+    for number in (0, 1):
+        assert [*shares[0][0][number], *shares[1][0][number]] == prompts[number]
+        assert len(shares[0][0][number]) == 1
+        together = [*shares[0][1][number], *shares[1][1][number]]
+        assert together == pytest.approx(scores[number], abs=1e-5)
+    for one, two in zip(*(evaluations_of(story, name) for name in ("one", "two")), strict=True):
+        for key in one.keys() - {"seconds"}:
+            assert two[key] == pytest.approx(one[key], abs=1e-5), key
+
+
 def test_one_process_writes_what_all_did(story: Path) -> None:
     one, two = (checkpoint.read_lines(story / name / "metrics.jsonl") for name in ("one", "two"))
     assert [record["iteration"] for record in two] == [0, 1]
@@ -189,8 +216,7 @@ def test_one_process_writes_what_all_did(story: Path) -> None:
         for name, value in expected.items():
             if not name.startswith(("seconds", "reward_normalized")):
                 assert record[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
-    evaluations = checkpoint.read_lines(story / "two" / "evaluations.jsonl")
-    assert [record["iteration"] for record in evaluations] == [0, 2]
+    assert [record["iteration"] for record in evaluations_of(story, "two")] == [0, 2]
     boards = list((story / "two" / "tensorboard").glob("events.out.tfevents.*"))
     assert len(boards) == 2  # one per launch
     summaries = [json.loads((story / name / "summary.json").read_text()) for name in ("one", "two")]

@@ -39,7 +39,7 @@ class Evaluation:
     Attributes:
         prompts: P prompts.
         scores: reward name to float32 [P, images per prompt].
-        kept: indices of the prompts whose images were kept.
+        kept: indices of the prompts whose images were kept, in the list of all prompts.
         images: float32 [kept, images per prompt, 3, height, width]; a video's middle frame.
         seconds: wall time.
         forwards: model forwards (rows).
@@ -60,6 +60,18 @@ class Evaluation:
         means = self.scores[name].mean(1)
         return float(means.std(correction=min(1, len(means) - 1)) / len(means) ** 0.5)
 
+    @staticmethod
+    def join(parts: Sequence[Evaluation]) -> Evaluation:
+        """Of all prompts, from evaluations of consecutive shares of them, made at the same time."""
+        return Evaluation(
+            tuple(prompt for part in parts for prompt in part.prompts),
+            {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
+            tuple(index for part in parts for index in part.kept),
+            torch.cat([part.images for part in parts]),
+            max(part.seconds for part in parts),
+            sum(part.forwards for part in parts),
+        )
+
 
 def sample(
     policy: Policy,
@@ -76,8 +88,7 @@ def sample(
     videos [prompts, videos_per_prompt, frames, 3, height, width]."""
     plan = RolloutPlan(images_per_prompt, (1,) * steps, (False,) * steps)
     schedule = policy.schedule(steps)
-    # Drawn prompt by prompt, so that the batch's size does not matter.
-    noise = torch.stack([policy.noise(images_per_prompt, generator) for _ in prompts])
+    noise = _draw_noise(policy, len(prompts), images_per_prompt, generator)
     forest = rollout(
         policy.predictor(policy.encode(prompts), steps),
         noise,
@@ -91,6 +102,14 @@ def sample(
     return images.view(len(prompts), images_per_prompt, *images.shape[1:])
 
 
+def _draw_noise(
+    policy: Policy, prompts: int, images_per_prompt: int, generator: torch.Generator
+) -> Tensor:
+    """[prompts, images_per_prompt, *latent_shape], drawn prompt by prompt, so that it does not
+    depend on batches."""
+    return torch.stack([policy.noise(images_per_prompt, generator) for _ in range(prompts)])
+
+
 def sample_in_parts(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -100,15 +119,22 @@ def sample_in_parts(
     seed: int,
     max_batch: int,
     decode_batch: int | None = None,
+    share: range | None = None,
 ) -> Iterator[tuple[range, Tensor]]:
     """`sample` as many prompts at a time as `max_batch` allows: their indices, and their images.
 
     The noises depend on the seed, the prompts and `images_per_prompt`, not on the model.
+
+    Args:
+        share: the consecutive prompts that are sampled; None: all.
     """
     generator = torch.Generator(policy.device).manual_seed(seed)
+    share = range(len(prompts)) if share is None else share
+    for _ in range(share.start):
+        _draw_noise(policy, 1, images_per_prompt, generator)  # the other prompts'
     count = max(1, max_batch // images_per_prompt)
-    for start in range(0, len(prompts), count):
-        indices = range(start, min(start + count, len(prompts)))
+    for start in range(share.start, share.stop, count):
+        indices = range(start, min(start + count, share.stop))
         images = sample(
             policy,
             [prompts[index].text for index in indices],
@@ -155,6 +181,7 @@ def evaluate(
     keep: Sequence[int] = (),
     keep_folder: Path | None = None,
     frames: Mapping[str, int] | None = None,
+    share: range | None = None,
 ) -> Evaluation:
     """Score a model on prompts; the same seed gives every model the same noises.
 
@@ -162,13 +189,16 @@ def evaluate(
         keep: indices of prompts whose images are kept.
         keep_folder: where a failing reward leaves its images.
         frames: by reward, how many of a video's it is asked about; `FRAMES` if not given.
+        share: evaluate only these consecutive prompts, as a part for `Evaluation.join`.
 
     Raises:
         RewardError: a reward failed.
     """
     start, forwards = time.perf_counter(), policy.forwards
-    scores: dict[str, list[Tensor]] = {name: [] for name in rewards}
-    kept: list[Tensor] = []
+    share = range(len(prompts)) if share is None else share
+    # Of no prompts at first: a process's share may be empty.
+    scores = {name: [torch.empty(0, images_per_prompt)] for name in rewards}
+    kept = [torch.empty(0, images_per_prompt, 3, *policy.sampling.size)]
     for indices, images in sample_in_parts(
         policy,
         prompts,
@@ -177,17 +207,19 @@ def evaluate(
         seed=seed,
         max_batch=max_batch,
         decode_batch=decode_batch,
+        share=share,
     ):
         part = [prompts[index] for index in indices]
         for name, reward in rewards.items():
             count = (frames or {}).get(name, FRAMES)
-            scores[name].append(score_images(name, reward, images, part, keep_folder, count))
+            values = score_images(name, reward, images, part, keep_folder, count)
+            scores[name].append(values.cpu())
         wanted = [index - indices.start for index in sorted(keep) if index in indices]
         kept.append(middle_frames(images[wanted]).cpu())
     return Evaluation(
-        tuple(prompt.text for prompt in prompts),
+        tuple(prompts[index].text for index in share),
         {name: torch.cat(parts) for name, parts in scores.items()},
-        tuple(sorted(keep)),
+        tuple(index for index in sorted(keep) if index in share),
         torch.cat(kept),
         time.perf_counter() - start,
         policy.forwards - forwards,

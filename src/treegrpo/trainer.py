@@ -657,9 +657,12 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def evaluate(self) -> Evaluation:
-        """The current policy (its average, if one is kept) on the held-out prompts."""
+        """The current policy (its average, if one is kept) on the held-out prompts, of which each
+        process takes a share."""
+        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
+        first, last = (number * len(self.held_out) // ranks for number in (rank, rank + 1))
         with self._averaged(), self._failing_together():
-            return evaluate(
+            own = evaluate(
                 self.policy,
                 self.held_out,
                 self._watched(),
@@ -671,7 +674,9 @@ class Trainer:
                 keep=self.pictured,
                 keep_folder=self.config.output / "failed_reward",
                 frames=self.frames,
+                share=range(first, last),
             )
+        return Evaluation.join(gather_object([own]))
 
     def _watched(self) -> dict[str, Reward]:
         name = self.config.evaluation.accuracy

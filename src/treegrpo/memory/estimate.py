@@ -143,7 +143,7 @@ def estimate(
     levels = skeleton.policy.schedule(config.rollout.steps)
     for plan in plans:  # refuses a step without a density
         transitions(levels, plan.stochastic, config.rollout.transition, config.rollout.noise_level)
-    run = _Run(config, measured, skeleton, plans, config.rollout.prompts_per_iteration // processes)
+    run = _Run(config, measured, skeleton, plans, processes)
     network, adapters = skeleton.policy.network, skeleton.adapters
     return Estimate(
         planned_device(config.model).type,
@@ -152,7 +152,7 @@ def estimate(
         sum(p.numel() for p in skeleton.policy.vae.parameters()),
         sum(p.numel() for encoder in skeleton.encoders for p in encoder.parameters()),
         skeleton.is_guided,
-        run.phases(distributed=processes > 1),
+        run.phases(),
     )
 
 
@@ -165,21 +165,22 @@ class _Run:
         measured: Measurements,
         skeleton: Skeleton,
         plans: Sequence[RolloutPlan],
-        prompts: int,
+        processes: int,
     ) -> None:
         self.config, self.measured, self.skeleton = config, measured, skeleton
-        self.plans, self.prompts = plans, prompts
+        self.plans, self.processes = plans, processes
+        self.prompts = prompts = config.rollout.prompts_per_iteration // processes
         self.batch = min(config.rollout.prompts_per_batch or prompts, prompts)
         self.states = [count_states(plan, keep_means=config.objective.guard) for plan in plans]
         self.on_cpu = planned_device(config.model).type == "cpu"
         self.trained = total_bytes(skeleton.trained)
         self.has_copy = config.objective.kl_weight > 0 and not config.model.lora_rank
 
-    def phases(self, *, distributed: bool) -> tuple[Phase, ...]:
+    def phases(self) -> tuple[Phase, ...]:
         phases = [self._encode(), self._evaluation(), self._rollout(), self._decode()]
         if self.config.objective.kl_weight > 0:
             phases.append(self._reference())
-        return (*phases, self._update(distributed), self._optimizer(distributed))
+        return (*phases, self._update(), self._optimizer())
 
     def _phase(self, name: str, moments: Iterable[tuple[Parts, Parts]]) -> Phase:
         """The fullest of moments, each of parts on the device and in the CPU's memory."""
@@ -250,7 +251,9 @@ class _Run:
         """As `evaluate`, which offloads nothing; the trained weights wait on the CPU."""
         rollout, images = self.config.rollout, self.config.evaluation.images_per_prompt
         prompts = max(1, rollout.max_batch // images)
-        prompts = min(prompts, self.config.evaluation.max_prompts or prompts)
+        if self.config.evaluation.max_prompts is not None:
+            share = math.ceil(self.config.evaluation.max_prompts / self.processes)
+            prompts = min(prompts, share)
         rows = prompts * images
         parts = {**self._always, "embeddings": self._embeddings(prompts)}
         host = dict(self._always_on_host)
@@ -359,7 +362,7 @@ class _Run:
             moments.append((device, host))
         return self._phase("reference", moments)
 
-    def _update(self, distributed: bool) -> Phase:
+    def _update(self) -> Phase:
         settings, objective = self.config.train, self.config.objective
         share = self.prompts // settings.updates_per_iteration
         moments = []
@@ -379,17 +382,17 @@ class _Run:
             device, host = self._for_update(states)
             gradients = min(self.trained, peak)
             device["activations"] = peak - gradients
-            device["gradients"] = gradients + (self.trained if distributed else 0)
+            device["gradients"] = gradients + (self.trained if self.processes > 1 else 0)
             if self.config.rollout.offload:
                 device["states"] = rows * (1 + siblings) * self.skeleton.state_bytes
             moments.append((device, host))
         return self._phase("update", moments)
 
-    def _optimizer(self, distributed: bool) -> Phase:
+    def _optimizer(self) -> Phase:
         moments = []
         for states in self.states:
             device, host = self._for_update(states)
-            device["gradients"] = self.trained * (2 if distributed else 1)
+            device["gradients"] = self.trained * (2 if self.processes > 1 else 1)
             if self.config.train.ema_decay is not None:
                 # The average is moved one tensor at a time, by two temporary ones.
                 device["activations"] = 2 * max(total_bytes([p]) for p in self.skeleton.trained)
