@@ -34,10 +34,13 @@ import torch
 
 asked = 0
 
+def evaluating(prompts):
+    '''Whether these are held-out prompts, one image of each, and not a prompt's group.'''
+    return len(set(prompts)) == len(prompts)
+
 def order(images, prompts, metadata):
     '''Which of its prompt's samples an image is: a signal that rounding does not change.'''
-    is_evaluation = len(set(prompts)) == len(prompts)  # in which batches are of any size
-    return torch.zeros(len(images)) if is_evaluation else torch.arange(len(images)) % 4
+    return torch.zeros(len(images)) if evaluating(prompts) else torch.arange(len(images)) % 4
 
 def brightness(images, prompts, metadata):
     '''Keeps a record; when the second process asks for the n-th time, something happens.'''
@@ -45,11 +48,10 @@ def brightness(images, prompts, metadata):
     scores = images.mean((1, 2, 3))
     rank = os.environ.get("RANK", "0")
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-    is_evaluation = len(set(prompts)) == len(prompts)
-    name = f"{rank}-evaluation.jsonl" if is_evaluation else f"{rank}.jsonl"
+    name = f"{rank}-evaluation.jsonl" if evaluating(prompts) else f"{rank}.jsonl"
     with Path(os.environ["RECORD"], name).open("a") as file:
         print(json.dumps([world, prompts, scores.tolist()]), file=file)
-    if is_evaluation:
+    if evaluating(prompts):
         return scores
     asked += 1
     if rank == "1" and asked == int(os.environ["WHEN"]):
