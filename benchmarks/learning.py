@@ -44,7 +44,7 @@ def main() -> None:
                 files[0] if files else None, [*overrides, f"train.seed={seed}", output]
             )
             results.append(train(config, overwrite=True))
-            accuracy = config.evaluation.accuracy or "composition_accuracy"
+            accuracy = config.accuracy or "composition_accuracy"
     before = [result.before[accuracy] for result in results]
     after = [result.after[accuracy] for result in results]
     gains = [end - start for start, end in zip(before, after, strict=True)]

@@ -41,7 +41,6 @@ SMALL = {
     "rollout.window_size": 3,
     "rollout.prompts_per_iteration": PROMPTS,
     "rollout.max_batch": 64,
-    "evaluation.accuracy": "null",
     "rewards": "[{name: jpeg_compressibility}]",
 }
 # name, changes to the configuration

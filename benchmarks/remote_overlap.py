@@ -129,7 +129,6 @@ def main() -> None:
                         f"model.path={options.model}",
                         f"output={Path(folder) / name}",
                         f"rewards=[{{name: '{urls[0]}', label: sleeper}}]",
-                        "evaluation.accuracy=null",
                         "rollout.window_schedule=fixed",
                         f"rollout.prompts_per_iteration={prompts}",
                         f"rollout.prompts_per_batch={round(prompts * share)}",

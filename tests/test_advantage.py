@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -54,6 +55,18 @@ def test_normalize_is_numpys(ddof: int, eps: float) -> None:
     ):
         actual = normalize(REWARDS.double(), std=std, ddof=ddof, eps=eps)  # type: ignore[arg-type]
         np.testing.assert_allclose(actual.numpy(), centered / scale, rtol=1e-12)
+
+
+@pytest.mark.parametrize("std", ["group", "global", "none"])
+def test_weights_set_proportions_and_not_the_step_size(
+    std: Literal["group", "global", "none"],
+) -> None:
+    def advantages(*weights: float) -> Tensor:
+        return leaf_advantages([REWARDS, REWARDS.square()][: len(weights)], weights, std=std)
+
+    torch.testing.assert_close(advantages(0.01), advantages(1.0))
+    torch.testing.assert_close(advantages(8e-30, 2e-30), advantages(0.8, 0.2))
+    assert not torch.allclose(advantages(0.2, 0.8), advantages(0.8, 0.2))
 
 
 def test_global_std_is_over_the_population_given() -> None:

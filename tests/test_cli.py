@@ -7,7 +7,7 @@ import yaml
 from command_line import CommandLine
 
 from treegrpo import __version__
-from treegrpo.checkpoint import check_folder
+from treegrpo.checkpoint import RunError, check_folder, prepare_folder
 from treegrpo.config import Config, load_config, to_yaml
 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "scipy", "matplotlib"}
@@ -63,9 +63,12 @@ def test_print_config_shows_file_and_overrides_resolved(treegrpo: CommandLine) -
             "rewards.0.name: reward 'compositon' is unknown",
         ),
         (
-            ["train", "evaluation.accuracy=none:f"],
-            "evaluation.accuracy: reward 'none:f': the module 'none' cannot be imported",
+            ["train", "evaluation.accuracy=ocr"],
+            'evaluation.accuracy: got "ocr"; must be one of the rewards (composition, ',
         ),
+        (["train", "model.device=gpu"], "model.device: got 'gpu'; must be 'auto', 'cpu' or"),
+        (["plan", "model.device=gpu"], "model.device: got 'gpu'; must be 'auto', 'cpu' or"),
+        (["train", "model.device=mps"], "model.device: got 'mps', which cannot be used here ("),
         (["evaluate", "miniature", "--reward", "x"], "--reward: reward 'x' is unknown"),
         (["evaluate", "miniature", "--json", "no/such.json"], "--json: no folder no "),
         (["sample", "miniature"], "prompts: must be given by --prompt or by --prompts"),
@@ -79,16 +82,45 @@ def test_what_cannot_run_is_refused(
     assert treegrpo.refusal(*arguments).startswith(message)
 
 
+def test_prompts_of_another_kind_are_refused_before_the_model_is_loaded(
+    treegrpo: CommandLine,
+) -> None:
+    Path("own.txt").write_text("a red circle\na cat\n")
+    arguments = ("prompts.train=own.txt", "prompts.held_out=miniature", "output=run")
+    message = treegrpo.refusal("train", *arguments)
+    assert message.startswith("reward 'composition': prompt 'a cat' is not one of the miniature's")
+    assert not Path("run").exists()
+
+
 def test_a_folder_with_a_run_is_neither_mixed_nor_lost(treegrpo: CommandLine) -> None:
-    for name in ("run/config.yaml", "run/metrics.jsonl", "failed/config.yaml", "other/thesis.tex"):
-        Path(name).parent.mkdir(exist_ok=True)
+    for name in (
+        *("run/config.yaml", "run/versions.json", "run/metrics.jsonl", "run/model/unet"),
+        *("failed/config.yaml", "failed/versions.json"),
+        *("other/thesis.tex", "project/config.yaml", "project/thesis.tex"),
+    ):
+        Path(name).parent.mkdir(exist_ok=True, parents=True)
         Path(name).touch()
     assert "already holds a run" in treegrpo.refusal("train", "output=run")
     assert "holds no run, so" in treegrpo.refusal("train", "output=other")
     # Overwriting is for runs; a mistyped output must not delete anything else.
     assert "holds no run, so" in treegrpo.refusal("train", "output=other", "--overwrite")
+    # A configuration of the user's own makes no run of a folder.
+    assert "holds no run, so" in treegrpo.refusal("train", "output=project", "--overwrite")
     # A run that ended before its first result is not in the way.
     check_folder(load_config(None, ["output=failed"]), resume=False, overwrite=False)
+    # What a run starts from must not be replaced by it.
+    config = load_config(None, ["output=run", "model.path=run/model"])
+    with pytest.raises(RunError, match=r"^model\.path: run/model belongs to the run in run"):
+        check_folder(config, resume=False, overwrite=True)
+
+
+def test_overwriting_removes_what_a_run_wrote_and_nothing_else(treegrpo: CommandLine) -> None:
+    for name in ("notes.txt", "src/a.py", "config.yaml", "versions.json", "model/old", "curve.png"):
+        Path("run", name).parent.mkdir(exist_ok=True, parents=True)
+        Path("run", name).touch()
+    prepare_folder(load_config(None, ["output=run"]), resume=False, overwrite=True)
+    left = sorted(str(path) for path in Path("run").rglob("*") if path.is_file())
+    assert left == ["run/config.yaml", "run/notes.txt", "run/src/a.py"]
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,7 @@ def test_recipes_are_complete(path: Path) -> None:
         build_plan(config.rollout, start)
     if config.model.path != "miniature":
         # Nothing of the miniature's may be left where another model is trained.
-        assert config.evaluation.accuracy is None
+        assert config.accuracy is None
         assert config.prompts.train != "miniature"
         assert config.output.name == path.stem
 

@@ -160,7 +160,8 @@ def test_scores_are_those_of_the_images(treegrpo, tiny_checkpoint: Path) -> None
         )
         means = (images * 255).round().mean((1, 2, 3, 4)) / 255
         scores = [one["scores"][REWARD]["trained"][seed] for one in summary["per_prompt"]]
-        assert scores == pytest.approx(means.tolist(), rel=1e-6)
+        # One pixel that is rounded the other way moves the mean by 1.3e-6.
+        assert scores == pytest.approx(means.tolist(), abs=2e-6)
 
 
 def test_rewards_get_their_options(treegrpo, tiny_checkpoint: Path) -> None:

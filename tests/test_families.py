@@ -135,7 +135,6 @@ def test_training_changes_only_what_it_should_and_diffusers_loads_it(
         "train.ema_decay": "null",
         "train.micro_batch": 3,
         "rewards": "[{name: 'toy_rewards:brightness'}]",
-        "evaluation.accuracy": "null",
         "evaluation.max_prompts": 2,
         "evaluation.images_per_prompt": 1,
         "output": output,

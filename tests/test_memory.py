@@ -30,7 +30,6 @@ SMALL = (
     "rollout.window_schedule=fixed",
     "rollout.prompts_per_iteration=4",
     "train.micro_batch=4",
-    "evaluation.accuracy=null",
     "rewards=[{name: jpeg_compressibility}]",
 )
 

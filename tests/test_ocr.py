@@ -51,6 +51,10 @@ def test_quoted_text(prompt: str, text: str) -> None:
     assert quoted_text(prompt) == text
 
 
+def test_the_contraction_in_rock_n_roll_is_no_quote() -> None:
+    assert quoted_text("""a rock 'n' roll poster that says "Loud\"""") == "Loud"
+
+
 def test_distance_is_levenshteins_to_the_nearest_run_of_lines() -> None:
     def levenshtein(one: str, other: str) -> int:
         if not one or not other:

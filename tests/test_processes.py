@@ -79,7 +79,6 @@ def settings_of(tiny_checkpoint: Path, output: Path, iterations: int) -> list[st
         f"train.iterations={iterations}",
         "evaluation.max_prompts=3",
         "evaluation.images_per_prompt=1",
-        "evaluation.accuracy=null",
         "model.device=cpu",
         f"model.path={tiny_checkpoint}",
         f"output={output}",

@@ -199,6 +199,27 @@ def test_metadata_that_cannot_be_sent_is_refused_before_a_run() -> None:
             remote.check(["a", "b"], [{"fine": 1}, {"odd": odd}])
 
 
+def test_a_served_reward_refuses_prompts_before_a_run_too() -> None:
+    class Quoted:
+        def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
+            for prompt, entry in zip(prompts, metadata or [{}] * len(prompts), strict=True):
+                if '"' not in prompt and "text" not in entry:
+                    raise UserError(f"{prompt!r} asks for no text")
+
+        def __call__(self, images: torch.Tensor, prompts: list[str], metadata: Any) -> Any:
+            self.check(prompts, metadata)
+            return torch.zeros(len(images))
+
+    with serving(Quoted()) as server:
+        remote = Remote(server.url)
+        remote.check(['a "word"', "a sign"], [{}, {"text": "word"}])
+        with pytest.raises(UserError, match=f"reward server {server.url}: 'a sign' asks for no te"):
+            remote.check(['a "word"', "a sign"], None)
+        # Should one come all the same, asking again would be in vain.
+        with pytest.raises(ServerError, match=r"HTTP 422: .*'prompt 0' asks for no text"):
+            remote(*gray(1), None)
+
+
 def test_an_address_is_a_reward() -> None:
     images, prompts = gray(2)
     with serving() as server:
@@ -275,11 +296,13 @@ def test_server_does_not_work_for_clients_that_left() -> None:
         (says(b"", 504), 1),
         (says({"error": "out of memory"}, 500), 1),
         (says({"error": "slower"}, 429), 0),  # rate limits are everyday
+        (says(b"overloaded", 529), 1),
+        (says({"error": {"code": 503, "message": "no model is free"}}), 1),
         (hangs, 1),
         (hangs_up, 1),
         (breaks_off, 1),
     ],
-    ids=["503", "502", "504", "500", "429", "hangs", "hangs up", "breaks off"],
+    ids=["503", "502", "504", "500", "429", "529", "503 in 200", "hangs", "hangs up", "breaks off"],
 )
 def test_passing_faults_are_waited_out(
     fault: Behavior, said: int, caplog: pytest.LogCaptureFixture
@@ -407,6 +430,37 @@ def test_a_reward_that_fails_every_time_is_not_waited_for_long() -> None:
     assert len(server.requests) == http.ATTEMPTS_AT_500
 
 
+def drips(handler: ScriptedHandler, body: Any) -> None:
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000000")
+    handler.end_headers()
+    while not handler.server.released.wait(0.02):
+        try:
+            handler.wfile.write(b" ")
+        except OSError:  # the client has had enough
+            break
+    handler.close_connection = True
+
+
+def test_an_answer_that_never_ends_is_broken_off() -> None:
+    with scripted(drips) as server:
+        remote = Remote(server.url, timeout_seconds=0.2, give_up_after_seconds=0.2)
+        with pytest.raises(ServerError, match="was still answering after 0 s"):
+            remote(*gray(1), None)
+
+
+def test_one_request_that_fails_for_good_ends_those_that_wait() -> None:
+    def answer(handler: ScriptedHandler, body: Any) -> None:
+        status = 400 if body["prompts"] == ["prompt 2"] else 503
+        says({"error": "prompt 2 is not for me"}, status)(handler, body)
+
+    with scripted(answer) as server:
+        remote = Remote(server.url, batch_size=1)
+        with pytest.raises(ServerError, match="prompt 2 is not for me"):
+            remote(*gray(3), None)
+        remote.close()
+
+
 def test_closing_ends_the_wait() -> None:
     remote = Remote(f"http://127.0.0.1:{closed_port()}", batch_size=1)
     with ThreadPoolExecutor(1) as pool:
@@ -465,6 +519,10 @@ def test_tokens_are_asked_for_and_never_shown(
             with pytest.raises(ServerError, match="HTTP 401: the token is missing or wrong"):
                 remote(*gray(1), None)
     assert "hunter" not in "".join(capsys.readouterr())
+    with scripted(zeros) as server:
+        Remote(server.url, token_env="RIGHT", token_header="api-key")(*gray(1), None)
+    assert server.requests[0][1]["api-key"] == "hunter2"
+    assert "Authorization" not in server.requests[0][1]
     with (
         scripted(says({"error": "no user hunter2 here"}, 403)) as server,
         pytest.raises(ServerError, match=r"no user \*\*\* here"),
@@ -483,6 +541,7 @@ def test_tokens_are_asked_for_and_never_shown(
         ({"headers": {"authorization": "hunter2"}}, "option headers: authorization would be"),
         ({"headers": {"X-A": "b\nc"}}, "option headers: X-A must be a string of printable"),
         ({"headers": {"X A": "b"}}, "option headers: got the name 'X A'"),
+        ({"token_header": "X A"}, "option token_header: got the name 'X A'"),
         ({"token_env": "NOT_SET"}, "option token_env: the environment variable NOT_SET is not"),
         ({"token_env": "ODD"}, "option token_env: the value of ODD must be printable ASCII"),
         ({"timeout_seconds": 0}, "option timeout_seconds: got 0; must be a number greater than 0"),
@@ -542,7 +601,7 @@ def test_server_says_what_is_wrong_with_a_request(
 
 def test_server_speaks_http() -> None:
     with serving() as server, httpx2.Client(base_url=server.url) as client:
-        assert client.get("/health").json() == {"version": 1, "name": "a reward"}
+        assert client.get("/health").json() == {"version": 1, "name": "a reward", "checks": False}
         assert client.get("/").status_code == 404
         assert client.post("/score", content=b"{").status_code == 400
         assert client.post("/score", content=iter([b"{}"])).status_code == 411
@@ -683,6 +742,17 @@ def test_judge_asks_as_the_api_expects(monkeypatch: pytest.MonkeyPatch) -> None:
         ("Score (0-10): 8", 8),
         ("I count 3 cats.\n\nFinal score = 4", 4),
         ("Rating: 3. On reflection, the score is 2", 2),
+        ('{"score": 6}\n\nA score of 10 would require two cats.', 6),
+        ("**Score: 6/10**\n\nTo reach a score of 10, it needs two cats.", 6),
+        ('{"score": 3, "comment": "the score is 0 for text"}', 3),
+        ('{"score": 1e1}', 10),
+        ('{"why": {"cats": 2}, "score": 4}', 4),
+        ("I give it a score of 6.", 6),
+        ("A score of 6; a score of 10 would require two cats.", None),
+        ("Score: 7-8/10", None),
+        ("It is between 7 and 8 out of 10.", None),
+        ("Score: 7 or 8", None),
+        ("Score: 7~8", None),
         ("It earns 9/10 for its 3 cats.", 9),
         ("7", 7),
         (" **8.5** \n", 8.5),
@@ -703,6 +773,22 @@ def test_judge_asks_as_the_api_expects(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_scores_are_read_from_answers(text: str, expected: float | None) -> None:
     assert parse_score(text, 10) == expected
+
+
+def test_an_answer_that_was_cut_off_has_no_score_but_a_whole_one() -> None:
+    assert parse_score('{"score": 1', 10, cut_off=True) is None
+    assert parse_score("A score of 2", 10, cut_off=True) is None
+    assert parse_score("Score: 1", 10, cut_off=True) is None
+    assert parse_score('{"score": 7}\n\nThe image', 10, cut_off=True) == 7
+    cut = completion('{"score": 1', finish_reason="length")
+    with scripted(*cut, *completion('{"score": 10}')) as server:
+        assert VLMJudge(server.url, "m")(*gray(1), None) == [1.0]
+
+
+def test_judge_reads_answers_in_parts() -> None:
+    parts = [{"type": "thinking", "thinking": "Score: 3"}, {"type": "text", "text": "Score: 8"}]
+    with scripted(says({"choices": [{"message": {"content": parts}}]})) as server:
+        assert VLMJudge(server.url, "m")(*gray(1), None) == [0.8]
 
 
 def test_judge_asks_again_where_it_got_no_score() -> None:

@@ -6,6 +6,7 @@ import re
 import sys
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -232,9 +233,10 @@ def test_jpeg_is_pillows_file_size() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, target in BUILT_IN.items() if target.split(":")[1].islower()]
+    "name",
+    ["composition", "composition_accuracy", "jpeg_compressibility", "jpeg_incompressibility"],
 )
-def test_built_in_functions_score(name: str) -> None:
+def test_built_in_rewards_without_options_score(name: str) -> None:
     images = draw(PlacedShape("red", "circle", 16, 16, 5)).expand(2, -1, -1, -1)
     scores = score(name, load_reward(name), images, ["a red circle"] * 2, None, None)
     assert scores.shape == (2,) and scores.dtype == torch.float32
@@ -279,6 +281,64 @@ def test_options_that_are_not_allowed_are_refused(options: dict[str, float], mes
     with pytest.raises(UserError) as caught:
         load_reward(WEIGHTED, options)
     assert str(caught.value) == f"reward '{WEIGHTED}': {message}"
+
+
+class Open:
+    """A reward whose constructor takes anything."""
+
+    def __init__(self, *arguments: object, **options: float) -> None:
+        self.options = options
+
+    def __call__(self, images: torch.Tensor, prompts: list[str], metadata: object) -> list[float]:
+        return [self.options.get("value", 0.0)] * len(images)
+
+
+class Module(torch.nn.Module):
+    """A reward that is a module without a constructor of its own."""
+
+    def forward(self, images: torch.Tensor, prompts: list[str], metadata: object) -> torch.Tensor:
+        return images.mean((1, 2, 3))
+
+
+def test_classes_that_take_any_options(images: torch.Tensor) -> None:
+    assert load_reward(f"{__name__}:Open")(images, ["", ""], None) == [0.0, 0.0]
+    assert load_reward(f"{__name__}:Open", {"value": 2.0})(images, ["", ""], None) == [2.0, 2.0]
+    module = load_reward(f"{__name__}:Module")
+    assert torch.equal(module(images, ["", ""], None), images.mean((1, 2, 3)))
+    with pytest.raises(UserError, match=r"cannot be made with the options \{'eps': 1\}: TypeError"):
+        load_reward(f"{__name__}:Module", {"eps": 1})
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+
+def test_rewards_do_not_disturb_each_other(images: torch.Tensor) -> None:
+    buffer = torch.zeros(2)
+
+    def careless(images: torch.Tensor, prompts: list[str], metadata: Any) -> torch.Tensor:
+        np.asarray(images)[:] = 0
+        prompts[0] = metadata[0]["words"] = "lost"
+        assert not torch.is_grad_enabled()
+        buffer[:] += 1
+        return buffer
+
+    given, prompts, metadata = images.clone(), ["a", "b"], [{"words": ["x"]}, {}]
+    first = score("careless", careless, given, prompts, metadata, None)
+    score("careless", careless, given, prompts, metadata, None)
+    assert torch.equal(given, images)
+    assert (prompts, metadata) == (["a", "b"], [{"words": ["x"]}, {}])
+    assert first.tolist() == [1.0, 1.0]  # not what came into the buffer later
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [np.array([2.0, 1.0])[::-1], np.array([1.0, 2.0], ">f8"), np.array([1, 2], object), (1, 2)],
+    ids=["reversed", "big-endian", "objects", "tuple"],
+)
+def test_numbers_of_any_kind_are_scores(answer: Any, images: torch.Tensor) -> None:
+    assert score("it", lambda *_: answer, images, ["", ""], None, None).tolist() == [1.0, 2.0]
 
 
 def test_pictures_are_what_a_file_would_hold() -> None:
@@ -331,6 +391,10 @@ def test_a_reward_in_the_current_directory(tmp_path: Path, monkeypatch: pytest.M
             "compositon",
             r"'compositon' is unknown \(did you mean 'composition'\?\); built in are .*jpeg",
         ),
+        ("HPSv2", r"did you mean 'hpsv2'"),
+        ("CLIPScore", r"did you mean 'clip_score'"),
+        ("clip", r"did you mean 'clip_score'"),
+        ("VLM-judge", r"did you mean 'vlm_judge'"),
         ("zzz", r"'zzz' is unknown; built in are"),
         ("module:", r"'module:' is unknown"),
         ("no_such_module:f", r"cannot be imported \(ModuleNotFoundError: No module .*no_such_mod"),

@@ -20,8 +20,10 @@ from diffusers import SD3Transformer2DModel
 from treegrpo import checkpoint, cli
 from treegrpo.checkpoint import RunError
 from treegrpo.config import Config, load_config
+from treegrpo.errors import UserError
 from treegrpo.models.folder import ModelError
 from treegrpo.models.policy import load_policy
+from treegrpo.prompts import PromptError
 from treegrpo.rewards import RewardError
 from treegrpo.trainer import Trainer, build_plan, train
 
@@ -42,7 +44,7 @@ BASE = (
     "evaluation.images_per_prompt=1",
     "model.device=cpu",
 )
-TOY = (f"rewards=[{{name: '{REWARD}'}}]", "evaluation.accuracy=null")
+TOY = (f"rewards=[{{name: '{REWARD}'}}]",)
 METRICS = {
     "iteration",
     "reward",
@@ -204,7 +206,10 @@ def test_other_settings_do_not_resume_a_run(run: Path) -> None:
     with pytest.raises(RunError, match=r"train\.iterations: was 3, now 9"):
         train(load_config(run / "config.yaml", linear), resume=True)
     # What changes neither the result nor its meaning may differ.
-    free = ["train.iterations=9", "train.micro_batch=1", "rollout.max_batch=3"]
+    free = [
+        *("train.iterations=9", "train.micro_batch=1", "rollout.max_batch=3"),
+        *("rollout.offload=true", "rollout.decode_batch=2", "model.gradient_checkpointing=true"),
+    ]
     checkpoint.check_folder(load_config(run / "config.yaml", free), resume=True, overwrite=False)
 
 
@@ -332,7 +337,7 @@ def test_divergence_is_from_the_initial_model(configure: Callable[..., Config], 
     trainer.save()
     # A resumed run measures from the initial model too, not from where it goes on.
     resumed = Trainer(config)
-    resumed.load()
+    resumed.load(resumed.find_place())
     assert resumed.iterate() | TIMES == trainer.iterate() | TIMES
     assert equal(weights_of(trainer), weights_of(resumed))
 
@@ -366,7 +371,9 @@ def test_a_resumed_run_is_the_unbroken_one(
     train(configure(*changes, outputs[1], "train.iterations=2"))
     # As if the run had been killed after it had logged one more iteration.
     checkpoint.append_line(tmp_path / "broken" / "metrics.jsonl", {"iteration": 2})
-    resumed = train(configure(*changes, outputs[1], "train.iterations=4"), resume=True)
+    resumed = train(
+        configure(*changes, outputs[1], "train.iterations=4", "evaluation.every=1"), resume=True
+    )
 
     assert (resumed.before, resumed.after) == (unbroken.before, unbroken.after)
     assert resumed.rollout_forwards == unbroken.rollout_forwards
@@ -383,6 +390,82 @@ def test_a_resumed_run_is_the_unbroken_one(
     ]
     assert [record["iteration"] for record in logs[0]] == [0, 1, 2, 3]
     assert logs[0] == logs[1]
+    # The broken run was looked at before and after its first part, and as often as told since then.
+    looks = [
+        [record | TIMES for record in checkpoint.read_lines(tmp_path / name / "evaluations.jsonl")]
+        for name in ("unbroken", "broken")
+    ]
+    assert [record["iteration"] for record in looks[0]] == [0, 1, 2, 3, 4]
+    assert looks[1] == [looks[0][0], *looks[0][2:]]
+
+
+def test_a_server_may_come_back_elsewhere(configure: Callable[..., Config]) -> None:
+    def with_server(address: str, **options: object) -> Config:
+        reward = {"name": address, "label": "style", "options": options}
+        return configure(f"rewards=[{json.dumps(reward)}]")
+
+    config = with_server("http://a:1", give_up_after_seconds=1)
+    checkpoint.prepare_folder(config, resume=False, overwrite=False)
+    (config.output / checkpoint.STATE_FILE).touch()
+    moved = with_server("http://b:2", give_up_after_seconds=900, token_env="TOKEN")
+    checkpoint.check_folder(moved, resume=True, overwrite=False)
+    other = configure("rewards=[{name: jpeg_compressibility, label: style}]")
+    with pytest.raises(RunError, match="was made with other settings"):
+        checkpoint.check_folder(other, resume=True, overwrite=False)
+
+
+def test_what_cannot_be_resumed_is_refused_before_any_work(
+    configure: Callable[..., Config], tmp_path: Path
+) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na blue circle\n")
+    sources = (f"prompts.train={prompts}", "prompts.held_out=miniature")
+    config = configure(*sources, "train.iterations=1")
+    train(config)
+    state = (config.output / "checkpoint.pt").read_bytes()
+    prompts.write_text("a red circle\na green circle\n")
+    with pytest.raises(PromptError, match="was made with other prompts than these 2"):
+        Trainer(config).find_place()
+    (config.output / "checkpoint.pt").write_bytes(state[:1000])
+    with pytest.raises(RunError, match=r"checkpoint\.pt is damaged and cannot be resumed from"):
+        Trainer(config).find_place()
+    # A line that a crash cut short is no record.
+    with (config.output / "metrics.jsonl").open("a") as file:
+        file.write('{"iteration": 7, "rew')
+    assert checkpoint.read_lines(config.output / "metrics.jsonl")[-1]["iteration"] == 0
+
+
+def test_an_evaluation_that_failed_is_made_up_for(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = configure("train.iterations=2", "evaluation.every=1")
+    brightness, calls = toy_rewards.brightness, []
+
+    def failing(images: torch.Tensor, prompts: list[str], metadata: object) -> torch.Tensor:
+        calls.append(len(images))
+        if len(calls) == 3:  # the evaluation after the first iteration
+            raise ConnectionError("gone")
+        return brightness(images, prompts, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("toy_rewards.brightness", failing)
+        with pytest.raises(RewardError):
+            train(config)
+    train(config, resume=True)
+    records = checkpoint.read_lines(config.output / "evaluations.jsonl")
+    assert [record["iteration"] for record in records] == [0, 1, 2]
+
+
+def test_a_gradient_that_is_not_finite_is_not_followed(configure: Callable[..., Config]) -> None:
+    trainer = Trainer(configure())
+    before = weights_of(trainer)
+    trainer.iteration = 1  # where nobody looks at the first ratio
+    trainer.policy.network.proj_out.register_forward_hook(
+        lambda module, inputs, output: output * torch.nan if torch.is_grad_enabled() else output
+    )
+    with pytest.raises(UserError, match="the gradient of iteration 1 is not finite"):
+        trainer.iterate()
+    assert equal(weights_of(trainer), before)
 
 
 def test_a_run_whose_reward_fails_goes_on_as_if_it_had_not(
@@ -459,7 +542,7 @@ def test_a_model_that_does_not_reproduce_itself_is_not_updated(
     trainer.policy.network.register_forward_hook(
         lambda module, inputs, outputs: (torch.nn.functional.dropout(outputs[0], 0.1),)
     )
-    with pytest.raises(RuntimeError, match=r"the first update's ratio is off 1 by .*dropout"):
+    with pytest.raises(UserError, match=r"the first update's ratio is off 1 by .*dropout"):
         trainer.iterate()
     assert equal(weights_of(trainer), before)
 

@@ -71,12 +71,13 @@ def leaf_advantages(
 
     Args:
         rewards: one [prompts, leaves] tensor per reward.
-        weights: one per reward.
+        weights: one per reward, positive; what counts is each one's proportion to the largest.
         populations: one per reward, see `normalize`.
 
     Returns:
         float32 [prompts, leaves].
     """
+    weights = [weight / max(weights) for weight in weights]
     combined = torch.zeros_like(rewards[0], dtype=torch.float32)
     for index, (reward, weight) in enumerate(zip(rewards, weights, strict=True)):
         population = None if populations is None else populations[index]
@@ -85,7 +86,7 @@ def leaf_advantages(
     if len(rewards) > 1 and std == "group":
         # Rewards that cancel leave rounding, which the division would blow up into a signal.
         spread = combined.amax(1, keepdim=True) - combined.amin(1, keepdim=True)
-        rounding = 1e-5 * sum(abs(weight) for weight in weights)
+        rounding = 1e-5 * sum(weights)
         combined = torch.where(spread > rounding, combined, torch.zeros_like(combined))
         combined = normalize(combined, ddof=ddof, eps=eps)
     if advantage_clip is not None:

@@ -14,7 +14,7 @@ import typer
 import yaml
 
 from treegrpo import __version__, checkpoint
-from treegrpo.config import Config, describe_fields, load_config, to_yaml
+from treegrpo.config import Config, describe_fields, load_config, parse_yaml, to_yaml
 from treegrpo.errors import UserError
 from treegrpo.models.folder import (
     INDEX_FILE,
@@ -332,7 +332,7 @@ def serve_reward_(
         key, separator, value = text.partition("=")
         if not separator:
             raise UserError(f"--option: got {text!r}; must be KEY=VALUE")
-        options[key] = yaml.safe_load(value)
+        options[key] = parse_yaml(value, f"--option {key}")
     _check_reward(name, "NAME", options)
 
     from treegrpo.serve_reward import serve
@@ -372,8 +372,6 @@ def _check_train(config: Config, *, resume: bool, overwrite: bool) -> None:
     )
     for index, reward in enumerate(config.rewards):
         _check_reward(reward.name, f"rewards.{index}.name", reward.options)
-    if config.evaluation.accuracy is not None:
-        _check_reward(config.evaluation.accuracy, "evaluation.accuracy")
     _check_model(config.model.path, "model.path")
     # Of several processes only the first looks: the others may start after it has begun to write.
     if os.environ.get("RANK", "0") == "0":
@@ -404,7 +402,9 @@ def _known_base(model: str) -> str | None:
     if (folder / LORA_FILE).is_file():
         place = f"base_model in {folder / SAMPLING_FILE}"
         base = read_json(folder / SAMPLING_FILE, "MODEL").get("base_model")
-    elif folder.name == "model" and (folder / INDEX_FILE).is_file() and run.is_file():
+    elif (
+        folder.name == checkpoint.MODEL_FOLDER and (folder / INDEX_FILE).is_file() and run.is_file()
+    ):
         place = f"model.path in {run} (--base names another)"
         try:
             base = yaml.safe_load(read_utf8(run, "configuration file", UserError))["model"]["path"]
@@ -431,10 +431,7 @@ def _evaluated_rewards(
     options: dict[str, dict[str, Any]] = {}
     if options_file is not None:
         text = read_utf8(options_file, "--reward-options:", UserError)
-        try:
-            options = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            raise UserError(f"--reward-options: {options_file} is not YAML: {error}") from error
+        options = parse_yaml(text, f"--reward-options: {options_file}") or {}
         if not isinstance(options, dict) or not all(isinstance(o, dict) for o in options.values()):
             raise UserError(
                 f"--reward-options: {options_file} must hold options by reward, such as "

@@ -353,8 +353,9 @@ class EvaluationConfig(_Section):
     """Use only the first so many held-out prompts; null: all."""
     seed: Seed = 0
     """Seed of the evaluation's noises: the same at every evaluation."""
-    accuracy: Name | None = "composition_accuracy"
-    """The reward whose mean is reported as accuracy; null: none."""
+    accuracy: Name | None = None
+    """Which of the rewards is reported as accuracy, the share of images that are right; null:
+    composition_accuracy, where it is one of them."""
 
 
 def _default_rewards() -> list[RewardConfig]:
@@ -413,6 +414,9 @@ class Config(_Section):
     @classmethod
     def _rewards_train(cls, rewards: list[RewardConfig]) -> list[RewardConfig]:
         names = [reward.key for reward in rewards]
+        taken = [name for name in names if name in ("iteration", "seconds")]
+        if taken:
+            raise _problem(taken[0], "must be another label: a run's records use this name")
         if len(set(names)) < len(names):
             raise _problem(
                 names, "must name each reward once; give a label where one is used twice"
@@ -423,6 +427,28 @@ class Config(_Section):
                 "must have at least one reward with a weight above 0",
             )
         return rewards
+
+    @field_validator("evaluation")
+    @classmethod
+    def _accuracy_is_scored(
+        cls, evaluation: EvaluationConfig, info: ValidationInfo
+    ) -> EvaluationConfig:
+        names = [reward.key for reward in info.data.get("rewards", [])]
+        if names and evaluation.accuracy not in (None, *names):
+            raise _problem(
+                evaluation.accuracy,
+                f"must be one of the rewards ({', '.join(names)}); add it to them, with weight 0 "
+                "if it is not to be trained on",
+                field="accuracy",
+            )
+        return evaluation
+
+    @property
+    def accuracy(self) -> str | None:
+        """The name of the reward that is reported as accuracy, if any."""
+        names = [reward.key for reward in self.rewards]
+        default = "composition_accuracy" if "composition_accuracy" in names else None
+        return self.evaluation.accuracy or default
 
 
 def load_config(path: Path | None, overrides: list[str]) -> Config:
@@ -507,7 +533,15 @@ for _class in (_Loader, _Dumper):
     )
 
 
-def _parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str) -> Any:
+    """A YAML value, read as configurations are: 1e-4 is a number, a key given twice an error.
+
+    Args:
+        source: what the text is, to begin messages with.
+
+    Raises:
+        ConfigError: it is not valid; says where.
+    """
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -520,7 +554,7 @@ def _parse_yaml(text: str, source: str) -> Any:
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
     text = read_utf8(path, "configuration file", ConfigError)
-    data = _parse_yaml(text, f"configuration file {path}")
+    data = parse_yaml(text, f"configuration file {path}")
     if data is None:
         return {}
     if not isinstance(data, dict):
@@ -542,7 +576,7 @@ def _apply_override(data: dict[Any, Any], override: str) -> None:
     keys = key_path.split(".")
     if not equals or not all(keys):
         raise ConfigError(f'override "{override}": must be key.path=value')
-    value = _parse_yaml(text, f'override "{override}"')
+    value = parse_yaml(text, f'override "{override}"')
     target: Any = data
     for depth, key in enumerate(keys):
         here = ".".join(keys[:depth])

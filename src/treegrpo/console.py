@@ -21,7 +21,7 @@ class Display:
     """
 
     def __init__(self, iterations: int, *, enabled: bool = True) -> None:
-        self._console = Console(quiet=not enabled, highlight=False)
+        self._console = Console(quiet=not enabled, highlight=False, markup=False)
         self._live = self._console.is_terminal
         self._iterations = iterations
         self._progress = Progress(

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from treegrpo.device import default_device
 from treegrpo.errors import UserError
 from treegrpo.models.embeddings import cache_folder
 from treegrpo.models.folder import ModelError
 from treegrpo.models.policy import Policy, load_weights, open_policy
 from treegrpo.plan import RolloutPlan
 from treegrpo.prompts import Prompt
-from treegrpo.rewards import Reward, RewardError, as_pictures, load_reward, score
+from treegrpo.rewards import Reward, RewardError, as_pictures, closing, load_reward, score
 from treegrpo.rollout import rollout
 from treegrpo.transition import transitions
 
@@ -231,12 +232,6 @@ def middle_frames(images: Tensor) -> Tensor:
     return images[:, :, images.shape[2] // 2] if images.dim() == 6 else images
 
 
-def default_device() -> torch.device:
-    """The accelerator that torch sees, or the CPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator or torch.device("cpu")
-
-
 def _decode_batch(policy: Policy) -> int:
     height, width = policy.sampling.size
     return max(1, _DECODED_PIXELS // (height * width * (policy.sampling.frames or 1)))
@@ -312,7 +307,7 @@ def evaluate_command(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from treegrpo.checkpoint import write_atomically
+    from treegrpo.checkpoint import FAILED_REWARD_FOLDER, write_atomically
     from treegrpo.report import comparison as report
 
     policies = _open(model, base, steps, guidance_scale, getattr(torch, dtype))
@@ -338,7 +333,7 @@ def evaluate_command(
     shown = [] if page is None else report.pictured(len(prompts))
     pictures: Pictures = {index: {role: [] for role in comparison.roles} for index in shown}
     folder = next((path.parent for path in (json_file, page) if path is not None), None)
-    keep_folder = None if folder is None else folder / "failed_reward"
+    keep_folder = None if folder is None else folder / FAILED_REWARD_FOLDER
 
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:  # lines of a log file are not as short as 80 letters
@@ -347,7 +342,10 @@ def evaluate_command(
     failures = 0
     for role in comparison.roles:
         console.print(f"sampling {base if role == report.BASE else model}")
-        with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        with (
+            closing(loaded),
+            Progress(*columns, console=console, disable=not console.is_terminal) as progress,
+        ):
             task = progress.add_task(role, total=len(prompts) * seeds * images_per_prompt)
             # Popped, so that nothing keeps the first model in memory.
             for indices, noises, images in _score_in_parts(
@@ -395,6 +393,11 @@ def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> N
                 check(texts, metadata)
             except UserError as error:
                 raise UserError(f"reward {name!r}: {error}") from error
+            except Exception as error:
+                raise UserError(
+                    f"reward {name!r}: its check of the prompts raised {type(error).__name__}: "
+                    f"{error}"
+                ) from error
 
 
 def _open(

@@ -153,7 +153,7 @@ def plan_command(
     measurements = Measurements(config.rollout.steps)
     needed = estimate(config, processes=processes, measurements=measurements)
     work = count_work(config, guided=needed.guided, processes=processes)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     for table in (_work_table(work), _memory_table(needed)):
         console.print(table)
     if config.model.device == "auto" and needed.device == "cpu":

@@ -22,6 +22,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from treegrpo.device import usable_device
 from treegrpo.errors import UserError
 from treegrpo.rewards import Reward, RewardError, load_reward, score
 from treegrpo.rewards.http import read_token
@@ -114,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._handle(self._health if self.path == "/health" else None)
 
     def do_POST(self) -> None:
-        self._handle(self._score if self.path == "/score" else None)
+        self._handle({"/score": self._score, "/check": self._check}.get(self.path))
 
     def log_message(self, format: str, *arguments: Any) -> None:
         # Whatever a client sends, it is one line and does nothing to a terminal.
@@ -136,15 +137,17 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 body = self._read()
                 if route is None:
-                    raise _Refusal(404, "there are only GET /health and POST /score")
+                    raise _Refusal(404, "there are only GET /health, POST /score and POST /check")
                 answer = route(body)
             except _Refusal as refusal:
                 status, answer = refusal.status, {"error": str(refusal)}
             except RewardError as error:
-                if error.__cause__ is not None:
+                # A prompt that it cannot score is not worth another attempt.
+                status = 422 if isinstance(error.__cause__, UserError) else 500
+                if status == 500 and error.__cause__ is not None:
                     traceback.print_exception(error.__cause__)
                 # Where the images were (not) kept is the business of the client, which has them.
-                status, answer = 500, {"error": str(error).partition("; the batch's images")[0]}
+                answer = {"error": str(error).partition("; the batch's images")[0]}
             except OSError:
                 raise  # the connection is gone
             except Exception as error:  # out of memory, above all
@@ -194,7 +197,23 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _health(self, body: bytes) -> dict[str, Any]:
-        return {"version": VERSION, "name": self.server.name}
+        checks = hasattr(self.server.reward, "check")
+        return {"version": VERSION, "name": self.server.name, "checks": checks}
+
+    def _check(self, body: bytes) -> dict[str, Any]:
+        request = _object(body)
+        prompts: Any = request.get("prompts")
+        metadata: Any = request.get("metadata")
+        if not isinstance(prompts, list):
+            raise _Refusal(400, "prompts: must be a list of strings")
+        _check_lists(prompts, metadata, len(prompts))
+        problem = None
+        with self.server.model_lock:
+            try:
+                getattr(self.server.reward, "check", lambda *_: None)(prompts, metadata)
+            except UserError as error:
+                problem = str(error)
+        return {"problem": problem}
 
     def _score(self, body: bytes) -> dict[str, Any]:
         images, prompts, metadata = _parsed(body, self.server.max_batch)
@@ -235,6 +254,19 @@ class _Handler(BaseHTTPRequestHandler):
 
 def _parsed(body: bytes, max_batch: int) -> tuple[Tensor, list[str], list[dict[str, Any]] | None]:
     """The images, prompts and metadata of a request, or a `_Refusal` that says what is wrong."""
+    request = _object(body)
+    images: Any = request.get("images")
+    prompts: Any = request.get("prompts")
+    metadata: Any = request.get("metadata")
+    if not isinstance(images, list) or not images:
+        raise _Refusal(400, "images: must be a list of at least one PNG in base64")
+    if len(images) > max_batch:
+        raise _Refusal(400, f"images: got {len(images)}; must be at most {max_batch}")
+    _check_lists(prompts, metadata, len(images))
+    return _decoded(images), prompts, metadata
+
+
+def _object(body: bytes) -> dict[str, Any]:
     try:
         request = json.loads(body)
     except (ValueError, RecursionError) as error:
@@ -243,19 +275,14 @@ def _parsed(body: bytes, max_batch: int) -> tuple[Tensor, list[str], list[dict[s
         raise _Refusal(400, "the body must be a JSON object")
     if request.get("version") != VERSION:
         raise _Refusal(400, f"version: got {request.get('version')!r}; must be {VERSION}")
-    images: Any = request.get("images")
-    prompts: Any = request.get("prompts")
-    metadata: Any = request.get("metadata")
-    if not isinstance(images, list) or not images:
-        raise _Refusal(400, "images: must be a list of at least one PNG in base64")
-    if len(images) > max_batch:
-        raise _Refusal(400, f"images: got {len(images)}; must be at most {max_batch}")
-    count = len(images)
+    return request
+
+
+def _check_lists(prompts: Any, metadata: Any, count: int) -> None:
     if not _is_list_of(prompts, str, count):
-        raise _Refusal(400, f"prompts: must be a list of {count} strings, one per image")
+        raise _Refusal(400, f"prompts: must be a list of {count} strings")
     if metadata is not None and not _is_list_of(metadata, dict, count):
-        raise _Refusal(400, f"metadata: must be null or a list of {count} objects, one per image")
-    return _decoded(images), prompts, metadata
+        raise _Refusal(400, f"metadata: must be null or a list of {count} objects")
 
 
 def _is_list_of(value: Any, kind: type, count: int) -> bool:
@@ -334,7 +361,7 @@ def serve(
     """
     token = None if token_env is None else read_token(token_env)
     _check_address(host, port)
-    device = _chosen_device(device)
+    place = str(usable_device(device, "--device"))
     reward = load_reward(reward_name, options)
     try:
         server = RewardServer(
@@ -343,7 +370,7 @@ def serve(
             reward,
             token=token,
             max_batch=max_batch,
-            device=device,
+            device=place,
         )
     except OSError as error:
         raise _no_address(host, port, error) from error
@@ -376,15 +403,3 @@ def _check_address(host: str, port: int) -> None:
 
 def _no_address(host: str, port: int, error: Exception) -> UserError:
     return UserError(f"--host and --port: cannot listen on {host}:{port} ({error})")
-
-
-def _chosen_device(device: str) -> str:
-    import torch
-
-    if device == "auto":
-        return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device: {device!r} cannot be used ({error})") from error
-    return device

@@ -35,8 +35,9 @@ from treegrpo.advantage import (
 )
 from treegrpo.config import Config, RolloutConfig
 from treegrpo.console import Display, stop_signal
+from treegrpo.device import usable_device
 from treegrpo.errors import UserError
-from treegrpo.evaluate import Evaluation, check_prompts, default_device, evaluate
+from treegrpo.evaluate import Evaluation, check_prompts, evaluate
 from treegrpo.models.embeddings import cache_folder
 from treegrpo.models.folder import LORA_FILE, ModelError, resolve
 from treegrpo.models.policy import (
@@ -50,7 +51,7 @@ from treegrpo.plan import RolloutPlan, WindowSchedule
 from treegrpo.prompts import Prompt, PromptSampler, load_train_and_held_out, overlap
 from treegrpo.report.model_card import write_model_card
 from treegrpo.report.run import RunLog, TrainingResult, describe, write_report, write_versions
-from treegrpo.rewards import Reward, RewardError, as_pictures, load_reward, score
+from treegrpo.rewards import Reward, RewardError, as_pictures, closing, load_reward, score
 from treegrpo.rollout import Predict, Rollout, join, rollout
 from treegrpo.transition import transitions
 
@@ -123,6 +124,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         RewardError: a reward failed; the state before the failing iteration was saved.
     """
     trainer = Trainer(config)
+    state = trainer.find_place() if resume else None
     if trainer.is_main:
         checkpoint.check_space(config.output, trainer.state_bytes())
         checkpoint.prepare_folder(config, resume=resume, overwrite=overwrite)
@@ -133,22 +135,27 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     with (
         Display(config.train.iterations, enabled=trainer.is_main) as display,
         stop_signal() as stop,
+        closing(trainer.rewards),
     ):
         for warning in trainer.warnings:
             display.say(f"warning: {warning}")
         trainer.prepare_prompts(display.say)
         before = last = trainer.evaluate()
         trainer.baseline = {
-            name: (values.mean().item(), values.std().item())
+            name: (values.mean().item(), values.std(correction=0).item())
             for name, values in before.scores.items()
         }
         display.say(f"before: {describe(before)}")
-        if resume:
-            trainer.load()
-        else:
-            log.evaluation(0, before)
         evaluated_at = 0
-        interrupted, late = False, trainer.seconds >= limit
+        if state is None:
+            log.evaluation(0, before)
+        else:
+            trainer.load(state)
+            if _is_due(config.evaluation.every, trainer.iteration) and trainer.iteration:
+                # The run may have ended before this was done.
+                last, evaluated_at = trainer.evaluate(), trainer.iteration
+                log.evaluation(evaluated_at, last)
+        interrupted, late = trainer.anywhere(stop.requested, trainer.seconds >= limit)
         try:
             while trainer.iteration < config.train.iterations and not (interrupted or late):
                 metrics = trainer.iterate()
@@ -179,8 +186,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         interrupted,
     )
     if trainer.is_main:
-        trainer.export(config.output / "model")
-        write_model_card(config.output / "model", config, trainer.policy, result)
+        folder = config.output / checkpoint.MODEL_FOLDER
+        trainer.export(folder)
+        write_model_card(folder, config, trainer.policy, result)
         write_report(config, before, last, result, display)
     log.close()
     return result
@@ -195,6 +203,14 @@ class Trainer:
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        device = usable_device(config.model.device, "model.device")
+        if device.index is not None and device.type != "cpu":
+            if "LOCAL_RANK" in os.environ:
+                raise UserError(
+                    f"model.device: got {config.model.device!r}; must be 'auto' where several "
+                    "processes share the devices, each of which has its own"
+                )
+            torch.accelerator.set_device_index(device.index)
         schedule = window_schedule(config)
         plans = [build_plan(config.rollout, start) for start in schedule.possible_starts]
         self.window = schedule
@@ -217,14 +233,12 @@ class Trainer:
         self.pictured = [(2 * i + 1) * len(self.held_out) // (2 * count) for i in range(count)]
         self.sampler = PromptSampler(train_prompts, config.train.seed)
 
-        device = config.model.device
-        chosen = default_device() if device == "auto" else torch.device(device)
         # Some networks have layers that get no gradient, such as the last block's text layers.
         distributed = DistributedDataParallelKwargs(
             find_unused_parameters=True, gradient_as_bucket_view=True
         )
         self.accelerator = Accelerator(
-            cpu=chosen.type == "cpu",
+            cpu=device.type == "cpu",
             kwargs_handlers=[distributed, InitProcessGroupKwargs(timeout=PROCESS_PATIENCE)],
         )
         self.is_main = self.accelerator.is_main_process
@@ -408,7 +422,7 @@ class Trainer:
         forests: list[Rollout] = []
         scores: list[dict[str, Tensor | Future[Tensor]]] = []
         workers = sum(getattr(r, "concurrent", False) for r in self.rewards.values())
-        with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool, self._closing_rewards():
+        with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool, closing(self.rewards):
             for start in range(0, len(prompts), size):
                 part = prompts[start : start + size]
                 with watch("rollout"):
@@ -438,17 +452,6 @@ class Trainer:
             config.transition,
             config.noise_level,
         )
-
-    @contextmanager
-    def _closing_rewards(self) -> Iterator[None]:
-        """On a failure, let rewards give up what they are waiting for."""
-        try:
-            yield
-        except BaseException:
-            for reward in self.rewards.values():
-                if hasattr(reward, "close"):
-                    reward.close()
-            raise
 
     def _rollout(
         self, prompts: Sequence[Prompt], numbers: Sequence[int], shape: RolloutPlan
@@ -482,7 +485,7 @@ class Trainer:
         leaves = len(images) // len(prompts)
         texts = [prompt.text for prompt in prompts for _ in range(leaves)]
         metadata = [dict(prompt.metadata) for prompt in prompts for _ in range(leaves)]
-        folder = self.config.output / "failed_reward"
+        folder = self.config.output / checkpoint.FAILED_REWARD_FOLDER
         if any(getattr(reward, "concurrent", False) for reward in self.rewards.values()):
             # A copy that a thread asked for would wait for the next rollout's work on the device.
             images = images.cpu()
@@ -493,10 +496,12 @@ class Trainer:
             )
             return values.view(len(prompts), leaves)
 
-        return {
-            name: pool.submit(ask, name) if getattr(reward, "concurrent", False) else ask(name)
+        asked: dict[str, Tensor | Future[Tensor]] = {
+            name: pool.submit(ask, name)
             for name, reward in self.rewards.items()
+            if getattr(reward, "concurrent", False)
         }
+        return asked | {name: ask(name) for name in self.rewards if name not in asked}
 
     def _advantages(self, rewards: dict[str, Tensor], forest: Rollout) -> EdgeAdvantages:
         settings = self.config.advantage
@@ -563,6 +568,13 @@ class Trainer:
                     self._check_ratio(first)
                 norm = self.accelerator.clip_grad_norm_(self.parameters, config.train.max_grad_norm)
                 norms.append(float(norm))
+                if not math.isfinite(norms[-1]):
+                    # The weights are still those of before, and worth saving.
+                    raise UserError(
+                        f"the gradient of iteration {self.iteration} is not finite: training has "
+                        "diverged; continue from an earlier state with a lower "
+                        "train.learning_rate or train.max_grad_norm"
+                    )
                 self.optimizer.step()
                 self.optimizer.zero_grad()
                 if self.average is not None:
@@ -585,7 +597,7 @@ class Trainer:
 
     def _check_ratio(self, first: UpdateStatistics) -> None:
         if self.iteration == 0 and first.ratio_error > LARGEST_RATIO_ERROR:
-            raise RuntimeError(
+            raise UserError(
                 f"the first update's ratio is off 1 by {first.ratio_error:.2e} (allowed: "
                 f"{LARGEST_RATIO_ERROR}): the model does not reproduce the log-probabilities that "
                 "it sampled with; look for dropout, a changing batch dependence, or try "
@@ -612,9 +624,8 @@ class Trainer:
             if name in self.baseline:
                 mean, std = self.baseline[name]
                 metrics[f"reward_normalized/{name}"] = (figures["reward"] - mean) / (std or 1.0)
-        accuracy = self.config.evaluation.accuracy
-        if accuracy in gathered:
-            metrics["accuracy"] = gathered[accuracy].mean().item()
+        if self.config.accuracy is not None:
+            metrics["accuracy"] = gathered[self.config.accuracy].mean().item()
         return metrics
 
     def _build_reference(self) -> torch.nn.Module | None:
@@ -648,7 +659,8 @@ class Trainer:
 
     def prepare_prompts(self, say: Callable[[str], None] = print) -> None:
         """Compute the embeddings of the run's prompts; the text encoders then leave memory."""
-        draws = self.config.train.iterations * self.config.rollout.prompts_per_iteration
+        left = self.config.train.iterations - self.iteration
+        draws = left * self.config.rollout.prompts_per_iteration
         upcoming = [prompt.text for prompt in self.sampler.upcoming(draws)]
         texts = [prompt.text for prompt in self.held_out] + upcoming
         # The processes of a machine share its disk, and the work.
@@ -665,24 +677,18 @@ class Trainer:
             own = evaluate(
                 self.policy,
                 self.held_out,
-                self._watched(),
+                self.rewards,
                 images_per_prompt=self.config.evaluation.images_per_prompt,
                 steps=self.config.rollout.steps,
                 seed=self.config.evaluation.seed,
                 max_batch=self.config.rollout.max_batch,
                 decode_batch=self.config.rollout.decode_batch,
                 keep=self.pictured,
-                keep_folder=self.config.output / "failed_reward",
+                keep_folder=self.config.output / checkpoint.FAILED_REWARD_FOLDER,
                 frames=self.frames,
                 share=range(first, last),
             )
         return Evaluation.join(gather_object([own]))
-
-    def _watched(self) -> dict[str, Reward]:
-        name = self.config.evaluation.accuracy
-        if name is None or name in self.rewards:
-            return self.rewards
-        return {**self.rewards, name: load_reward(name)}
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -719,12 +725,23 @@ class Trainer:
         }
         checkpoint.save_state(self.config.output, state)
 
-    def load(self) -> None:
+    def find_place(self) -> dict[str, Any]:
+        """Where the saved run stands; returns its state, for `load`.
+
+        Raises:
+            RunError: the state is damaged.
+            PromptError: it belongs to other prompts.
+        """
         state = checkpoint.load_state(self.config.output)
+        self.sampler.load_state_dict(state["sampler"])
         self.iteration = state["iteration"]
         self.seconds = state["seconds"]
         self.rollout_forwards = state["rollout_forwards"]
         self.update_forwards = state["update_forwards"]
+        return state
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what was trained."""
         with torch.no_grad():
             for parameter, stored in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(stored)
@@ -732,10 +749,11 @@ class Trainer:
         if self.average is not None:
             self.average.load_state_dict(state["average"])
             self.average.to(self.policy.device)
-        self.sampler.load_state_dict(state["sampler"])
         if self.is_main:
-            for name in (checkpoint.METRICS_FILE, checkpoint.EVALUATIONS_FILE):
-                checkpoint.drop_lines_from(self.config.output / name, self.iteration)
+            # Metrics are an iteration's own; an evaluation comes after so many iterations.
+            folder = self.config.output
+            checkpoint.drop_lines_from(folder / checkpoint.METRICS_FILE, self.iteration)
+            checkpoint.drop_lines_from(folder / checkpoint.EVALUATIONS_FILE, self.iteration + 1)
 
     def export(self, folder: Path) -> None:
         """Write the trained model for diffusers."""

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from treegrpo.config import ModelConfig
-from treegrpo.evaluate import default_device
+from treegrpo.device import parse_device
 from treegrpo.models.embeddings import EmbeddingStore
 from treegrpo.models.policy import PROMPTS_PER_ENCODING, Policy, open_policy
 from treegrpo.objective import losses
@@ -328,7 +328,7 @@ class Skeleton:
 
 def planned_device(model: ModelConfig) -> torch.device:
     """The device of a configuration, which need not be in this machine."""
-    return default_device() if model.device == "auto" else torch.device(model.device)
+    return parse_device(model.device, "model.device")
 
 
 def _open(model: ModelConfig, steps: int) -> Policy:

@@ -37,7 +37,9 @@ class RunLog:
 
     def __init__(self, folder: Path, *, enabled: bool) -> None:
         self._folder = folder
-        self._board = SummaryWriter(str(folder / "tensorboard")) if enabled else None
+        self._board = (
+            SummaryWriter(str(folder / checkpoint.TENSORBOARD_FOLDER)) if enabled else None
+        )
 
     def metrics(self, metrics: dict[str, float]) -> None:
         if self._board is None:
@@ -54,7 +56,10 @@ class RunLog:
             f"{name}_standard_error": evaluation.standard_error(name) for name in evaluation.scores
         }
         record = {"iteration": iteration, **means, **errors, "seconds": evaluation.seconds}
-        checkpoint.append_line(self._folder / checkpoint.EVALUATIONS_FILE, record)
+        path = self._folder / checkpoint.EVALUATIONS_FILE
+        # A continued run that ends where it began evaluates again.
+        checkpoint.drop_lines_from(path, iteration)
+        checkpoint.append_line(path, record)
         for name, value in means.items():
             self._board.add_scalar(f"held_out/{name}", value, iteration)
 
@@ -66,7 +71,8 @@ class RunLog:
 def write_versions(folder: Path) -> None:
     packages = ("treegrpo", "torch", "diffusers", "transformers", "accelerate", "peft")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    checkpoint.write_atomically(folder / "versions.json", json.dumps(versions, indent=2) + "\n")
+    text = json.dumps(versions, indent=2) + "\n"
+    checkpoint.write_atomically(folder / checkpoint.VERSIONS_FILE, text)
 
 
 def describe(evaluation: Evaluation) -> str:
@@ -81,9 +87,11 @@ def write_report(
     display: Display,
 ) -> None:
     """Pictures, summary.json and the closing table."""
-    folder, accuracy = result.folder, config.evaluation.accuracy
+    folder, accuracy = result.folder, config.accuracy
     summary = asdict(result) | {"folder": str(folder)}
-    checkpoint.write_atomically(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    text = json.dumps(summary, indent=2) + "\n"
+    checkpoint.write_atomically(folder / checkpoint.SUMMARY_FILE, text)
+    picture, curve = (folder / name for name in checkpoint.PICTURE_FILES)
     correct: list[Tensor | None] = [None, None]
     shares: list[float | None] = [None, None]
     if accuracy is not None:
@@ -91,7 +99,7 @@ def write_report(
         correct = [e.scores[accuracy][list(e.kept)] > 0.5 for e in evaluated]
         shares = [e.mean(accuracy) for e in evaluated]
     before_after(
-        folder / "before_after.png",
+        picture,
         [before.prompts[index] for index in before.kept],
         before.images,
         after.images,
@@ -106,9 +114,8 @@ def write_report(
         record["reward"] = record[main]
         if accuracy is not None:
             record["accuracy"] = record[accuracy]
-    training_curve(
-        folder / "curve.png", checkpoint.read_lines(folder / checkpoint.METRICS_FILE), evaluations
-    )
+    metrics = checkpoint.read_lines(folder / checkpoint.METRICS_FILE)
+    training_curve(curve, metrics, evaluations)
     rows = [
         (
             f"{name} on {len(before.prompts)} held-out prompts",
@@ -123,10 +130,10 @@ def write_report(
             "model forwards",
             f"{result.rollout_forwards:,} rollout, {result.update_forwards:,} update",
         ),
-        ("before and after", str(folder / "before_after.png")),
-        ("reward curve", str(folder / "curve.png")),
+        ("before and after", str(picture)),
+        ("reward curve", str(curve)),
         ("metrics", str(folder / checkpoint.METRICS_FILE)),
-        ("trained model", str(folder / "model")),
+        ("trained model", str(folder / checkpoint.MODEL_FOLDER)),
     ]
     display.table("interrupted; what was trained is saved" if result.interrupted else "done", rows)
     if result.interrupted:

@@ -7,6 +7,7 @@ file imports neither torch nor a reward model until one is used.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import inspect
@@ -14,7 +15,8 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -28,8 +30,8 @@ if TYPE_CHECKING:
 BUILT_IN = {
     "aesthetic": "treegrpo.rewards.aesthetic:Aesthetic",
     "clip_score": "treegrpo.rewards.clip_score:CLIPScore",
-    "composition": "treegrpo.rewards.composition:composition",
-    "composition_accuracy": "treegrpo.rewards.composition:composition_accuracy",
+    "composition": "treegrpo.rewards.composition:Composition",
+    "composition_accuracy": "treegrpo.rewards.composition:CompositionAccuracy",
     "geneval": "treegrpo.rewards.geneval:GenEval",
     "hpsv2": "treegrpo.rewards.hpsv2:HPSv2",
     "image_reward": "treegrpo.rewards.image_reward:ImageReward",
@@ -88,6 +90,11 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
         return cast(Reward, target(**options))
     except UserError as error:
         raise UserError(f"reward {name!r}: {error}") from error
+    except Exception as error:
+        raise UserError(
+            f"reward {name!r}: cannot be made with the options {options}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
 
 
 def check_reward(name: str, options: Mapping[str, Any] | None = None) -> None:
@@ -107,9 +114,9 @@ def _find(name: str) -> Any:
     target = REMOTE if name.startswith(("http://", "https://")) else BUILT_IN.get(name, name)
     module_name, _, attribute = target.partition(":")
     if not module_name or not attribute:
-        near = difflib.get_close_matches(name, BUILT_IN, n=1)
+        near = _similar(name)
         raise UserError(
-            f"reward {name!r} is unknown{f' (did you mean {near[0]!r}?)' if near else ''}; "
+            f"reward {name!r} is unknown{f' (did you mean {near!r}?)' if near else ''}; "
             f"built in are {', '.join(BUILT_IN)}; your own is written as 'module:function', a "
             "server's as its http:// address"
         )
@@ -133,20 +140,50 @@ def _find(name: str) -> Any:
     return found
 
 
+def _similar(name: str) -> str | None:
+    """The built-in reward that was probably meant."""
+    plain = {re.sub(r"[\W_]", "", known): known for known in BUILT_IN}
+    wanted = re.sub(r"[\W_]", "", name).lower()
+    near = difflib.get_close_matches(wanted, plain, n=1)
+    near = near or [one for one in plain if len(wanted) > 2 and (wanted in one or one in wanted)]
+    return plain[near[0]] if near else None
+
+
 def _check_options(name: str, target: Any, options: dict[str, Any]) -> None:
     if not isinstance(target, type):
         if options:
             raise UserError(f"reward {name!r}: got options {sorted(options)}; it takes none")
         return
-    parameters = inspect.signature(target).parameters
+    parameters = dict(inspect.signature(target).parameters)
+    kinds = {parameter.kind for parameter in parameters.values()}
+    for some, kind in list(parameters.items()):
+        if kind.kind in (kind.VAR_POSITIONAL, kind.VAR_KEYWORD):
+            del parameters[some]  # any number of them, also none
+    takes_any = inspect.Parameter.VAR_KEYWORD in kinds
     for option in options:
-        if option not in parameters:
+        if option not in parameters and not takes_any:
             near = difflib.get_close_matches(option, parameters, n=1)
-            advice = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(parameters)}"
+            advice = (
+                f"did you mean {near[0]!r}?"
+                if near
+                else f"it takes {', '.join(parameters) or 'none'}"
+            )
             raise UserError(f"reward {name!r}: unknown option {option!r}; {advice}")
     for parameter in parameters.values():
         if parameter.default is inspect.Parameter.empty and parameter.name not in options:
             raise UserError(f"reward {name!r}: the option {parameter.name!r} must be given")
+
+
+@contextmanager
+def closing(rewards: Mapping[str, Reward]) -> Iterator[None]:
+    """On a failure, let rewards give up what they are waiting for."""
+    try:
+        yield
+    except BaseException:
+        for reward in rewards.values():
+            with suppress(Exception):  # the failure itself must be told
+                getattr(reward, "close", lambda: None)()
+        raise
 
 
 def as_pictures(images: Tensor) -> Tensor:
@@ -198,16 +235,21 @@ def score(
         return RewardError(f"reward {name!r} {problem}; the batch's images {kept}")
 
     of_prompts = f"for {len(prompts)} prompts, of which the first is {prompts[:1]}"
+    given = images
+    if not _is_ours(reward):
+        # Whatever it writes into what it is given is its own: other rewards get the same.
+        given, metadata = images.clone(), copy.deepcopy(metadata)
     try:
-        answer = reward(images, prompts, metadata)
+        with torch.no_grad():
+            answer = reward(given, list(prompts), metadata)
     except Exception as error:
         raise failure(f"raised {type(error).__name__} {of_prompts}: {error}") from error
     try:
-        scores = torch.as_tensor(answer).detach()
-    except (TypeError, ValueError, RuntimeError) as error:
+        scores = _as_tensor(answer)
+    except Exception as error:
         raise failure(
             f"returned {type(answer).__name__} {_shortened(answer)} {of_prompts}; expected "
-            f"{len(images)} numbers"
+            f"{len(images)} numbers ({type(error).__name__}: {error})"
         ) from error
     if scores.shape != (len(images),) or scores.is_complex():
         raise failure(
@@ -222,6 +264,26 @@ def score(
             f"(image {faults[0]} of {len(images)}; {len(faults)} of the values are not finite)"
         )
     return scores
+
+
+def _is_ours(reward: Reward) -> bool:
+    kind = reward if inspect.isfunction(reward) else type(reward)
+    return kind.__module__.startswith("treegrpo.")
+
+
+def _as_tensor(answer: Any) -> Tensor:
+    """A reward's answer, copied: its own buffer may hold the next answer soon."""
+    import numpy as np
+    import torch
+
+    try:
+        scores = torch.as_tensor(answer)
+    except (TypeError, ValueError):
+        if not hasattr(answer, "__array__"):
+            raise
+        # An array with a negative stride or a foreign byte order, or of objects; a table's column.
+        scores = torch.from_numpy(np.array(answer, dtype=np.float64))
+    return scores.detach().clone()
 
 
 def evenly_spaced(available: int, count: int) -> list[int]:

@@ -51,7 +51,9 @@ class Aesthetic:
     ) -> None:
         placement = Placement(device, dtype, batch_size)
         self.layers = _read_predictor(path)
-        folder = find_clip(clip_path, CLIP_REPOSITORY, "clip_path")
+        folder = find_clip(
+            clip_path, CLIP_REPOSITORY, "clip_path", tokenizer=False, image_processor=False
+        )
         from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
         model = load_model(CLIPVisionModelWithProjection, folder, "clip_path")

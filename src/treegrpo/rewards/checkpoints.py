@@ -36,16 +36,12 @@ class Placement:
             raise UserError(f"option dtype: {self.dtype!r} is none of {', '.join(DTYPES)}")
         if not isinstance(self.batch_size, int) or self.batch_size < 1:
             raise UserError(f"option batch_size: {self.batch_size!r} is not a positive integer")
+        if not isinstance(self.device, str):
+            raise UserError(f"option device: got {self.device!r}; must be a string, such as 'cpu'")
         if self.device != "auto":
-            import torch
+            from treegrpo.device import usable_device
 
-            try:
-                torch.empty(0, device=self.device)
-            except (RuntimeError, AssertionError, TypeError) as error:
-                raise UserError(
-                    f"option device: {self.device!r} cannot be used ({reason(error)}); give "
-                    "'auto', 'cpu' or a device of this machine such as 'cuda:0'"
-                ) from error
+            usable_device(self.device, "option device")
 
     def device_for(self, pictures: Tensor) -> torch.device:
         """The device on which these pictures are scored."""
@@ -87,6 +83,8 @@ def find_checkpoint(
     )
     if beside is None:
         advice += f" and set the option {option} to that folder"
+    if not isinstance(path, str | None):
+        raise UserError(f"option {option}: got {path!r}; must be a folder or a hub name, or null")
     if path is not None:
         local = Path(path).expanduser()
         if local.exists():

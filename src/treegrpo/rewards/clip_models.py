@@ -24,16 +24,49 @@ CLIP_FILES = [
     "tokenizer*.json",
     "vocab.json",
     "merges.txt",
+    "special_tokens_map.json",
     "model*.safetensors*",
 ]
 
 
-def find_clip(path: str | None, repository: str, option: str = "path") -> Path:
-    """The local folder of a CLIP checkpoint in transformers' format; see `find_checkpoint`."""
+def find_clip(
+    path: str | None,
+    repository: str,
+    option: str = "path",
+    *,
+    tokenizer: bool = True,
+    image_processor: bool = True,
+) -> Path:
+    """The local folder of a CLIP checkpoint in transformers' format; see `find_checkpoint`.
+
+    Args:
+        tokenizer, image_processor: whether they are needed.
+
+    Raises:
+        UserError: as `find_checkpoint`, or the folder lacks files; the message lists all of them.
+    """
     folder = find_checkpoint(path, repository, CLIP_FILES, option)
     if not any(folder.glob("*.safetensors")) and not any(folder.glob("pytorch_model*.bin")):
         # Some repositories hold nothing but the older format, which the others hold as well.
         folder = find_checkpoint(path, repository, [*CLIP_FILES, "pytorch_model*"], option)
+    weights = [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*")]
+    missing = [
+        name
+        for name, is_missing in {
+            "config.json": not (folder / "config.json").is_file(),
+            "tokenizer.json (or vocab.json and merges.txt)": tokenizer
+            and not has_tokenizer(folder),
+            "preprocessor_config.json": image_processor
+            and not (folder / "preprocessor_config.json").is_file(),
+            "model.safetensors (or pytorch_model.bin)": not weights,
+        }.items()
+        if is_missing
+    ]
+    if missing:
+        raise UserError(
+            f"option {option}: {folder} lacks {', '.join(missing)}; fetch the checkpoint with "
+            f"`hf download {repository} --local-dir {folder}`"
+        )
     return folder
 
 
@@ -93,16 +126,15 @@ def _load_image_processor(folder: Path) -> Any:
     resizes a little differently.
 
     Raises:
-        UserError: the folder has no preprocessor_config.json.
+        UserError: its preprocessor_config.json cannot be read.
     """
     from transformers import CLIPImageProcessorPil
 
     try:
         return CLIPImageProcessorPil.from_pretrained(folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"option path: {folder} has no preprocessor_config.json; copy it from the "
-            "checkpoint's hub repository"
+            f"option path: preprocessor_config.json in {folder} cannot be read ({reason(error)})"
         ) from error
 
 

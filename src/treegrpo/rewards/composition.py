@@ -23,6 +23,7 @@ from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
 from torch import Tensor
 from torch.nn import functional
 
+from treegrpo.errors import UserError
 from treegrpo.miniature.scenes import (
     BACKGROUND,
     COLORS,
@@ -273,3 +274,29 @@ def composition_accuracy(
     Arguments and errors are those of `composition`.
     """
     return (composition(images, prompts, metadata) == 1).float()
+
+
+class Composition:
+    """`composition`, as a reward that refuses prompts of another kind before a run."""
+
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
+    ) -> Tensor:
+        return composition(images, prompts, metadata)
+
+    def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
+        """Raises UserError for the first prompt that is not of the miniature's grammar."""
+        for prompt in prompts:
+            try:
+                _required(prompt)
+            except ValueError as error:
+                raise UserError(f"{error}; for other prompts choose other rewards") from None
+
+
+class CompositionAccuracy(Composition):
+    """`composition_accuracy`, likewise."""
+
+    def __call__(
+        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
+    ) -> Tensor:
+        return composition_accuracy(images, prompts, metadata)

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from treegrpo.errors import UserError
-from treegrpo.rewards.checkpoints import Placement, find_checkpoint
-from treegrpo.rewards.clip_models import CLIP_FILES, load_clip, load_model, load_tokenizer
+from treegrpo.rewards.checkpoints import Placement
+from treegrpo.rewards.clip_models import find_clip, load_clip, load_model, load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -309,7 +309,7 @@ class GenEval:
         import torch
         from transformers import Owlv2ForObjectDetection
 
-        folder = find_checkpoint(path, DETECTOR, [*CLIP_FILES, "special_tokens_map.json"])
+        folder = find_clip(path, DETECTOR, image_processor=False)
         tokenizer = load_tokenizer(folder)
         self._detector = load_model(Owlv2ForObjectDetection, folder).eval()
         length = self._detector.config.text_config.max_position_embeddings

@@ -1,8 +1,8 @@
 """Asking a server: JSON in and out, several requests at once, patience while it is away.
 
-What may pass (no connection, silence, HTTP 429, 500, 502, 503, 504) is tried again after waits that
-double, up to a limit. What will not (a refused token, an unknown address, an answer that makes no
-sense) is an error at once.
+What may pass (no connection, silence, HTTP 408, 425, 429, 500, 502 and above) is tried again after
+waits that double, up to a limit. What will not (a refused token, an unknown address, an answer that
+makes no sense) is an error at once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -27,7 +27,7 @@ from treegrpo.errors import UserError
 FIRST_WAIT = 0.5  # seconds; doubles with every attempt
 LONGEST_WAIT = 15.0
 CONNECT_SECONDS = 10.0  # a host that is down may not even refuse
-PASSING = {429, 500, 502, 503, 504}
+MAX_ANSWER_BYTES = 64 * 2**20
 NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
 # A server that answers 500 is there, and its fault is often the same each time.
 ATTEMPTS_AT_500 = 5
@@ -59,7 +59,8 @@ class Endpoint:
         kind: what it is in messages, such as "reward server".
         url: where; paths are appended.
         headers: sent with every request. Not for secrets: a configuration holds them.
-        token_env: the environment variable with a secret, sent as `Authorization: Bearer`.
+        token_env: the environment variable with a secret.
+        token_header: the header that takes it, after "Bearer" if it is Authorization.
         timeout_seconds: of silence, after which an attempt has failed.
         give_up_after_seconds: after a request's first failure no attempt begins later than this.
         concurrency: requests at once.
@@ -75,6 +76,7 @@ class Endpoint:
         *,
         headers: Mapping[str, str] | None,
         token_env: str | None,
+        token_header: str,
         timeout_seconds: float,
         give_up_after_seconds: float,
         concurrency: int,
@@ -87,8 +89,11 @@ class Endpoint:
         self._give_up_after = give_up_after_seconds
         self._token = None if token_env is None else read_token(token_env)
         sent = _checked_headers(headers or {})
+        _check_header_name("token_header", token_header)
         if self._token is not None:
-            sent["Authorization"] = f"Bearer {self._token}"
+            is_bearer = token_header.lower() == "authorization"
+            sent[token_header] = f"Bearer {self._token}" if is_bearer else self._token
+        self._attempt_seconds = timeout_seconds + give_up_after_seconds
         self._client = httpx2.Client(
             headers=sent,
             timeout=httpx2.Timeout(timeout_seconds, connect=min(timeout_seconds, CONNECT_SECONDS)),
@@ -104,6 +109,8 @@ class Endpoint:
         """`function` of every item, several at once; the first failure ends it."""
         futures = [self._pool.submit(function, item) for item in items]
         try:
+            for future in wait(futures, return_when=FIRST_EXCEPTION).done:
+                future.result()
             return [future.result() for future in futures]
         finally:
             for future in futures:
@@ -156,7 +163,7 @@ class Endpoint:
         headers = {} if content is None else {"Content-Type": "application/json"}
         what = f"{method} {address}"
         try:
-            response = self._client.request(method, address, content=content, headers=headers)
+            status, received, text = self._exchange(method, address, content, headers)
         except (
             httpx2.TimeoutException,
             httpx2.NetworkError,
@@ -172,24 +179,47 @@ class Endpoint:
                 f"{what}: {type(error).__name__}: {self._shown(str(error))}"
             ) from error
         try:
-            answer = json.loads(response.content)
-        except ValueError:
+            answer = json.loads(text)
+        except (ValueError, RecursionError):
             answer = None
-        status = response.status_code
-        if status != 200 or (isinstance(answer, dict) and answer.get("error")):
-            text = f"{what} answered HTTP {status}: {self._shown(_reason(answer, response.text))}"
-            if status in PASSING:
-                return _Fault(text, status, _retry_after(response.headers.get("Retry-After")))
+        told = answer.get("error") if isinstance(answer, dict) else None
+        if status != 200 or told:
+            said = f"{what} answered HTTP {status}: {self._shown(_reason(answer, text))}"
+            if status == 200 and isinstance(told, dict) and isinstance(told.get("code"), int):
+                status = told["code"]  # a gateway passes on what another server answered
+            if _is_passing(status):
+                return _Fault(said, status, _retry_after(received.get("Retry-After")))
             if status in (401, 403) and self._token is None:
-                text += " (token_env names the environment variable with a token)"
+                said += " (token_env names the environment variable with a token)"
             if 300 <= status < 400:
-                text += f" (redirected to {response.headers.get('Location')})"
-            raise ServerError(text)
+                said += f" (redirected to {received.get('Location')})"
+            raise ServerError(said)
         if not isinstance(answer, dict):
-            raise ServerError(
-                f"{what} answered no JSON object: {self._shown(response.text or '(nothing)')}"
-            )
+            raise ServerError(f"{what} answered no JSON object: {self._shown(text or '(nothing)')}")
         return answer
+
+    def _exchange(
+        self, method: str, address: str, content: bytes | None, headers: Mapping[str, str]
+    ) -> tuple[int, Mapping[str, str], str]:
+        """Status, headers and text of the answer; one that never ends is broken off."""
+        deadline = time.monotonic() + self._attempt_seconds
+        received = bytearray()
+        with self._client.stream(method, address, content=content, headers=headers) as response:
+            for part in response.iter_bytes():
+                received += part
+                if self._closed.is_set():
+                    raise ServerError(f"{self.kind} {self.url}: no longer asked, it was closed")
+                if len(received) > MAX_ANSWER_BYTES:
+                    raise ServerError(
+                        f"{method} {address} answered more than {MAX_ANSWER_BYTES:,} bytes"
+                    )
+                if time.monotonic() > deadline:
+                    raise ServerError(
+                        f"{method} {address} was still answering after "
+                        f"{self._attempt_seconds:.0f} s (timeout_seconds + give_up_after_seconds)"
+                    )
+            text = received.decode(response.encoding or "utf-8", "replace")
+            return response.status_code, response.headers, text
 
     def _announce(self, fault: str, left: float) -> None:
         """Say once per outage that requests wait."""
@@ -287,8 +317,7 @@ def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
     if not isinstance(headers, Mapping):
         raise UserError(f"option headers: got {type(headers).__name__}; must be a mapping")
     for name, value in headers.items():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
-            raise UserError(f"option headers: got the name {name!r}, which is none of a header")
+        _check_header_name("headers", name)
         if name.lower() in ("authorization", "proxy-authorization", "cookie"):
             raise UserError(
                 f"option headers: {name} would be written into the run's folder; put the token "
@@ -297,6 +326,16 @@ def _checked_headers(headers: Mapping[str, str]) -> dict[str, str]:
         if not isinstance(value, str) or not re.fullmatch(r"[ -~]*", value):
             raise UserError(f"option headers: {name} must be a string of printable ASCII")
     return dict(headers)
+
+
+def _check_header_name(option: str, name: object) -> None:
+    if not isinstance(name, str) or not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII):
+        raise UserError(f"option {option}: got the name {name!r}, which is none of a header")
+
+
+def _is_passing(status: int) -> bool:
+    """Whether another attempt may succeed: the server, or one before it, is busy or broken."""
+    return status in (408, 425, 429, 500) or status >= 502
 
 
 def _is_encryption_fault(error: BaseException | None) -> bool:

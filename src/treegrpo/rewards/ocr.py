@@ -35,7 +35,8 @@ _STRAIGHT = str.maketrans("‘’“”", "''\"\"")  # noqa: RUF001
 
 def quoted_text(prompt: str) -> str:
     """The parts of a prompt in "double", 'single' or curly quotes, joined by spaces, or ''."""
-    return " ".join("".join(match.groups("")).strip() for match in _QUOTED.finditer(prompt))
+    parts = (match for match in _QUOTED.finditer(prompt) if match[0] != "'n'")  # rock 'n' roll
+    return " ".join("".join(match.groups("")).strip() for match in parts)
 
 
 def comparable(text: str) -> str:

@@ -10,7 +10,13 @@ server with these two paths:
                    200 {"scores": [0.5, ...]}             # one finite number per image
                    4xx, 5xx {"error": "why"}
     GET {url}/health
-                   200 {"version": 1, "name": "composition"}
+                   200 {"version": 1, "name": "composition", "checks": false}
+
+A server whose reward cannot score every prompt says `"checks": true` and has a third one, which is
+asked about all of a run's prompts before it begins:
+
+    POST {url}/check   {"version": 1, "prompts": [...], "metadata": [{...}, ...] or null}
+                   200 {"problem": null}                  # or what is wrong with which prompt
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = 1
+PROMPTS_PER_CHECK = 10_000
 
 
 class Remote:
@@ -42,6 +49,7 @@ class Remote:
         url: the server's address, without `/score`.
         headers: sent with every request; not for secrets.
         token_env: the environment variable with the server's token.
+        token_header: the header that takes the token, after "Bearer" if it is Authorization.
         timeout_seconds: of silence, after which a request is repeated. Requests that wait for
             others at the server are silent, too.
         give_up_after_seconds: how long an unreachable server is waited for.
@@ -59,6 +67,7 @@ class Remote:
         url: str,
         headers: dict[str, str] | None = None,
         token_env: str | None = None,
+        token_header: str = "Authorization",
         timeout_seconds: float = 60.0,
         give_up_after_seconds: float = 600.0,
         batch_size: int = 32,
@@ -71,6 +80,7 @@ class Remote:
             url,
             headers=headers,
             token_env=token_env,
+            token_header=token_header,
             timeout_seconds=timeout_seconds,
             give_up_after_seconds=give_up_after_seconds,
             concurrency=concurrency,
@@ -106,11 +116,12 @@ class Remote:
         return [score for part in parts for score in part]
 
     def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
-        """Wait for the server, and make sure that it is one, takes the token and can be told all.
+        """Wait for the server, and make sure that it is one, takes the token, can be told all and
+        can score all.
 
         Raises:
-            UserError: it is not there, refuses, or speaks another version; or a prompt's metadata
-                cannot be written as JSON.
+            UserError: it is not there, refuses, or speaks another version; a prompt's metadata
+                cannot be written as JSON; or its reward cannot score a prompt.
         """
         for prompt, described in zip(prompts, metadata or [], strict=False):
             try:
@@ -121,13 +132,24 @@ class Remote:
                 ) from error
         try:
             health = self._endpoint.request("GET", "/health")
+            if health.get("version") != VERSION:
+                raise UserError(
+                    f"reward server {self._endpoint.url} speaks version "
+                    f"{health.get('version')!r} of the protocol; must be {VERSION}"
+                )
+            checked = range(0, len(prompts), PROMPTS_PER_CHECK) if health.get("checks") else ()
+            for start in checked:
+                part = slice(start, start + PROMPTS_PER_CHECK)
+                question = {
+                    "version": VERSION,
+                    "prompts": prompts[part],
+                    "metadata": None if metadata is None else metadata[part],
+                }
+                problem = self._endpoint.request("POST", "/check", question).get("problem")
+                if problem is not None:
+                    raise UserError(f"reward server {self._endpoint.url}: {problem}")
         except ServerError as error:
             raise UserError(str(error)) from error
-        if health.get("version") != VERSION:
-            raise UserError(
-                f"reward server {self._endpoint.url} speaks version {health.get('version')!r} of "
-                f"the protocol; must be {VERSION}"
-            )
 
     def close(self) -> None:
         """Stop waiting for the server: calls under way fail, and so do later ones."""

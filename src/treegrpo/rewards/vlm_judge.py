@@ -30,16 +30,16 @@ REMINDERS = 2
 
 _NUMBER = r"(?P<number>-?\d+(?:[.,]\d+)?)(?![\d.,]*\d)"
 _OUT_OF = r"(?:\s*(?:/|out of)\s*(?P<scale>\d+(?:\.\d+)?))?"
-# "score" or "rating", perhaps a remark in parentheses, then the number, but not a range.
-_LABELED = re.compile(
-    r"\b(?:score|rating)\b[\s\"'*_`]*(?:\([^()\n]*\))?[\s\"'*_`]*(?:is|of)?[\s\"'*_`:=]*"
-    rf"{_NUMBER}{_OUT_OF}(?!\s*(?:-|\u2013|to)\s*\d)",
-    re.IGNORECASE,
-)
+# "score" or "rating", perhaps a remark in parentheses, then the number.
+_LABEL = r"\b(?:score|rating)\b[\s\"'*_`]*(?:\([^()\n]*\))?[\s\"'*_`]*"
+_STATED = re.compile(rf"{_LABEL}(?:[:=]|is\b)[\s\"'*_`:=]*{_NUMBER}{_OUT_OF}", re.IGNORECASE)
+_MENTIONED = re.compile(rf"{_LABEL}(?:of)?[\s\"'*_`]*{_NUMBER}{_OUT_OF}", re.IGNORECASE)
 _FRACTION = re.compile(
     rf"(?<![\d.,/]){_NUMBER}\s*(?:/|out of)\s*(?P<scale>\d+(?:\.\d+)?)", re.IGNORECASE
 )
 _BARE = re.compile(rf"[\s\"'*_`]*{_NUMBER}{_OUT_OF}[\s\"'*_`.]*")
+# Two numbers of which neither is the score: 7-8, 7 to 8, 7 or 8.
+_RANGE = re.compile(r"\d+(?:\.\d+)?\s*(?:-|\u2013|\u2014|~|to\b|or\b|and\b)\s*\d+(?:\.\d+)?")
 
 
 class VLMJudge:
@@ -51,7 +51,10 @@ class VLMJudge:
         model: the model's name at that API.
         rubric: what is asked, with `{prompt}` where the image's prompt goes and, if wanted,
             `{scale}`. It must ask for a number.
+        headers: sent with every request; not for secrets.
         token_env: the environment variable with the API's key.
+        token_header: the header that takes the key, after "Bearer" if it is Authorization (Azure's
+            is "api-key").
         scale: the rubric's highest score; the lowest is 0.
         temperature: of the answer; None leaves it to the API.
         max_tokens: longest answer; None leaves it to the API.
@@ -71,7 +74,9 @@ class VLMJudge:
         url: str,
         model: str,
         rubric: str = RUBRIC,
+        headers: dict[str, str] | None = None,
         token_env: str | None = None,
+        token_header: str = "Authorization",
         scale: float = 10.0,
         temperature: float | None = 0.0,
         max_tokens: int | None = 256,
@@ -91,6 +96,10 @@ class VLMJudge:
             raise UserError("option rubric: must hold {prompt} where the image's prompt goes")
         if not isinstance(extra_body, dict | None):
             raise UserError(f"option extra_body: got {extra_body!r}; must be a mapping")
+        try:
+            json.dumps(extra_body, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"option extra_body: cannot be sent as JSON ({error})") from error
         self._scale = scale
         self._rubric = rubric.replace("{scale}", f"{scale:g}")
         self._reminder = REMINDER.replace("{scale}", f"{scale:g}")
@@ -100,8 +109,9 @@ class VLMJudge:
         self._endpoint = Endpoint(
             "judge",
             url,
-            headers=None,
+            headers=headers,
             token_env=token_env,
+            token_header=token_header,
             timeout_seconds=timeout_seconds,
             give_up_after_seconds=give_up_after_seconds,
             concurrency=concurrency,
@@ -148,14 +158,13 @@ class VLMJudge:
                 "POST", "/chat/completions", {**self._settings, "messages": messages}
             )
             text, reason = self._content(answer)
-            score = parse_score(text, self._scale)
+            score = parse_score(text, self._scale, cut_off=reason == "length")
             if score is not None:
                 return score / self._scale
             # At temperature 0 the same question would get the same answer.
-            messages += [
-                {"role": "assistant", "content": text},
-                {"role": "user", "content": self._reminder},
-            ]
+            if text:  # an empty turn is refused by some
+                messages.append({"role": "assistant", "content": text})
+            messages.append({"role": "user", "content": self._reminder})
         cut = " (cut off: raise max_tokens)" if reason == "length" else ""
         raise ServerError(
             f"judge {self._endpoint.url} gave no score from 0 to {self._scale:g} for the prompt "
@@ -167,6 +176,8 @@ class VLMJudge:
         try:
             choice = answer["choices"][0]
             text = choice["message"].get("content") or choice["message"].get("refusal") or ""
+            if isinstance(text, list):  # in parts, of which reasoning is none of the answer
+                text = "".join(part["text"] for part in text if part["type"] == "text")
             if not isinstance(text, str):
                 raise TypeError
         except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -177,22 +188,59 @@ class VLMJudge:
         return text, choice.get("finish_reason")
 
 
-def parse_score(text: str, scale: float) -> float | None:
+def parse_score(text: str, scale: float, *, cut_off: bool = False) -> float | None:
     """The score in a judge's answer: from 0 to `scale`, or None where it is not plain.
 
-    It understands `{"score": 7}`, `Score: 7/10`, `7 out of 10` and `7`, with Markdown or reasoning
-    around; where an answer holds several, the last one counts.
+    In this order it understands a JSON object with a "score", a number alone, `Score: 7/10` or "the
+    score is 7", "a score of 7" (where all that are mentioned agree) and `7 out of 10`, with
+    Markdown or reasoning around. Where a form occurs several times, the last one counts; a range is
+    no score.
+
+    Args:
+        cut_off: the answer ended for its length, so that only a JSON object is sure to be whole.
     """
     text = text.rpartition("</think>")[2]
+    objects = _json_scores(text)
+    if objects:
+        found = objects[-1]
+        return float(found) if 0 <= found <= scale else None
+    if cut_off:
+        return None
     if bare := _BARE.fullmatch(text):
-        matches = [bare]
-    else:
-        matches = list(_LABELED.finditer(text)) or list(_FRACTION.finditer(text))
-    if not matches:
-        return None
-    found = matches[-1]
-    score = float(found["number"].replace(",", "."))
-    stated = found["scale"]
-    if not 0 <= score <= scale or (stated is not None and float(stated) != scale):
-        return None
-    return score
+        return _value(bare, scale)
+    ranges = [match.span() for match in _RANGE.finditer(text)]
+    for pattern in (_STATED, _MENTIONED, _FRACTION):
+        matches = list(pattern.finditer(text))
+        if matches:
+            last = matches[-1]
+            if any(start < last.end() and last.start("number") < end for start, end in ranges):
+                return None
+            if pattern is _MENTIONED and len({match["number"] for match in matches}) > 1:
+                return None
+            return _value(last, scale)
+    return None
+
+
+def _json_scores(text: str) -> list[float]:
+    """The "score" of each JSON object in a text."""
+    decoder, scores, place = json.JSONDecoder(), [], text.find("{")
+    while place >= 0:
+        end = place + 1
+        try:
+            value, end = decoder.raw_decode(text, place)
+        except (ValueError, RecursionError):
+            value = None
+        score = value.get("score") if isinstance(value, dict) else None
+        if isinstance(score, str) and (match := _BARE.fullmatch(score)):
+            score = float(match["number"].replace(",", "."))
+        if isinstance(score, int | float) and not isinstance(score, bool):
+            scores.append(score)
+        place = text.find("{", end)
+    return scores
+
+
+def _value(match: re.Match[str], scale: float) -> float | None:
+    """The number of a match, unless it lies outside the scale or names another one."""
+    score, stated = float(match["number"].replace(",", ".")), match["scale"]
+    fits = 0 <= score <= scale and (stated is None or float(stated) == scale)
+    return score if fits else None

@@ -1,0 +1,59 @@
+"""Which device to work on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from treegrpo.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def default_device() -> torch.device:
+    """The accelerator that torch sees, or the CPU."""
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    return accelerator or torch.device("cpu")
+
+
+def parse_device(name: str, field: str) -> torch.device:
+    """A torch device by its name, whether this machine has it or not; "auto" is the default one.
+
+    Raises:
+        UserError: names the field and the name.
+    """
+    import torch
+
+    if name == "auto":
+        return default_device()
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise UserError(
+            f"{field}: got {name!r}; must be 'auto', 'cpu' or another torch device, such as "
+            "'cuda' or 'cuda:1'"
+        ) from error
+
+
+def usable_device(name: str, field: str) -> torch.device:
+    """`parse_device`, of a device that works here.
+
+    Raises:
+        UserError: it does not, or as `parse_device`.
+    """
+    import torch
+
+    device = parse_device(name, field)
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UserError(
+            f"{field}: got {name!r}, which cannot be used here ({reason}); must be 'auto', 'cpu' "
+            "or a device of this machine, such as 'cuda:0'"
+        ) from error
+    if device.type == "meta":
+        raise UserError(f"{field}: got {name!r}, which computes nothing; must be a real device")
+    return device
