@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from treegrpo.config import Config, load_config
 from treegrpo.memory import Estimate, estimate
-from treegrpo.models.policy import quiet_libraries
+from treegrpo.models.policy import Policy, quiet_libraries
 from treegrpo.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -71,6 +71,12 @@ def configuration(changes: dict[str, Any], prompts: Path) -> Config:
     return load_config(None, [f"{key}={value}" for key, value in settings.items()])
 
 
+def changed(config: Config, key: str, value: Any) -> Config:
+    section, name = key.split(".")
+    part = getattr(config, section).model_copy(update={name: value})
+    return config.model_copy(update={section: part})
+
+
 def within(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*arguments: Any, **named: Any) -> Any:
         with record_function(name):
@@ -80,10 +86,29 @@ def within(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def measure(config: Config) -> dict[str, int]:
-    """Bytes at the peak of each phase of a real iteration, its second."""
-    trainer = Trainer(config)
-    trainer.prepare_prompts()
+    """Bytes at the peak of each phase: before the first iteration, and of the second."""
+    with tempfile.TemporaryDirectory() as cache:
+        config = changed(config, "model.embedding_cache", cache)
+        prepare = Policy.prepare
+        try:
+            Policy.prepare = within("encode", prepare)  # type: ignore[method-assign]
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+                trainer = Trainer(config)
+        finally:
+            Policy.prepare = prepare  # type: ignore[method-assign]
+        return {
+            "encode": peak_by_range(profiler, {"encode"})["encode"],
+            **measure_iteration(trainer),
+        }
+
+
+def measure_iteration(trainer: Trainer) -> dict[str, int]:
+    config = trainer.config
     trainer.iterate()  # from now on the optimizer has moments
+    trainer.evaluate = within("evaluation", trainer.evaluate)  # type: ignore[method-assign]
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        trainer.evaluate()
+    evaluation = peak_by_range(profiler, {"evaluation"})
     policy: Any = trainer.policy
     trainer._rollout = within("rollout", trainer._rollout)  # type: ignore[method-assign]
     policy.decode = within("decode", policy.decode)
@@ -92,7 +117,8 @@ def measure(config: Config) -> dict[str, int]:
     trainer.optimizer.step = within("optimizer", trainer.optimizer.step)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         trainer.iterate()
-    peaks = peak_by_range(profiler, {"rollout", "decode", "reference", "update", "optimizer"})
+    names = {"rollout", "decode", "reference", "update", "optimizer"}
+    peaks = evaluation | peak_by_range(profiler, names)
     if config.objective.kl_weight == 0:
         del peaks["reference"]
     return {name: peak + constant_bytes(trainer) for name, peak in peaks.items()}
@@ -212,7 +238,7 @@ def main() -> None:
         # As many as an iteration takes, so that no new one's embeddings are kept meanwhile; as
         # long as any model takes, which the prediction assumes.
         prompts = Path(temporary) / "prompts.txt"
-        prompts.write_text("".join(f"{number}{' circles' * 12}\n" for number in range(PROMPTS)))
+        prompts.write_text("".join(f"{number}{' circles' * 5}\n" for number in range(PROMPTS)))
         for name, changes in miniatures:
             results[name] = compare(name, configuration(changes, prompts))
         for case in cases:

@@ -73,6 +73,12 @@ def test_print_config_shows_file_and_overrides_resolved(treegrpo: CommandLine) -
         (["evaluate", "miniature", "--json", "no/such.json"], "--json: no folder no "),
         (["sample", "miniature"], "prompts: must be given by --prompt or by --prompts"),
         (["sample", "miniature", "--prompts", "none.txt"], "prompt file none.txt does not exist"),
+        (["sample", "miniature", "--prompt", "a cat", "--out", "."], "--out: . is a folder; mu"),
+        (["sample", "miniature", "--prompt", "a cat", "--out", "a.jpg"], "--out: got a.jpg; the"),
+        (
+            ["evaluate", "miniature", "--json", "a.html", "--page", "./a.html"],
+            "--json and --page: both got a.html; must be two files",
+        ),
         (["sample", "~/none", "--prompt", "a cat"], "MODEL: no folder ~/none; must be"),
     ],
 )

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import pytest
 import tiny_checkpoints
 import torch
@@ -177,11 +175,39 @@ def _differing(first: torch.nn.Module, second: torch.nn.Module) -> list[str]:
     return [name for name, value in first.named_parameters() if not value.equal(others[name])]
 
 
+class AsTheModelCardSays:
+    """A pipeline that is called with these settings, whatever else it is given but the noise."""
+
+    def __init__(self, pipeline: Any, settings: dict[str, Any]) -> None:
+        self._pipeline, self._settings = pipeline, settings
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pipeline, name)
+
+    def __call__(self, prompts: list[str], **given: Any) -> Any:
+        kept = {name: given[name] for name in ("latents", "output_type")}
+        return self._pipeline(prompts, **self._settings, **kept)
+
+
+@pytest.mark.parametrize("negative_prompt", [None, ""], ids=["", "empty negative prompt"])
 @families
-def test_the_settings_for_diffusers_are_its_own(case: Case, checkpoints: Checkpoints) -> None:
-    policy = open_policy(str(checkpoints[case.name]), device=torch.device("cpu"))
-    pipeline = getattr(diffusers, policy.pipeline_name)
-    assert policy.call_settings().keys() <= inspect.signature(pipeline.__call__).parameters.keys()
+def test_the_model_cards_call_draws_the_same(
+    case: Case, negative_prompt: str | None, checkpoints: Checkpoints
+) -> None:
+    policy = load(checkpoints[case.name], negative_prompt=negative_prompt)
+    pipeline = case.pipeline(checkpoints[case.name])
+    as_said = AsTheModelCardSays(pipeline, policy.call_settings())
+    assert difference(case, checkpoints[case.name], policy, as_said) < ROUND_OFF
+
+
+@pytest.mark.parametrize("guidance_scale", [2.0, 3.5])
+def test_guidance_of_a_model_that_takes_none_is_refused(
+    guidance_scale: float, checkpoints: Checkpoints
+) -> None:
+    with pytest.raises(
+        ModelError, match=r"^model\.guidance_scale: got .*; must be null: this chec"
+    ):
+        load(checkpoints["FLUX.1 schnell"], guidance_scale=guidance_scale)
 
 
 @families

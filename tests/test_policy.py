@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,41 @@ def _truncate_weights(folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1000])
 
 
+def _lose_tensors(part: str) -> Callable[[Path], None]:
+    """A whole file, in which half of the weights are missing."""
+
+    def lose(folder: Path) -> None:
+        (file,) = (folder / part).glob("*.safetensors")
+        tensors = load_file(file)
+        kept = {name: tensors[name] for name in list(tensors)[::2]}
+        save_file(kept, file, {"format": "pt"})
+
+    return lose
+
+
+def _lose_vocabulary(folder: Path) -> None:
+    (folder / "tokenizer_2" / "tokenizer.json").unlink()
+
+
+def _truncate_pickle(folder: Path) -> None:
+    weights = folder / "text_encoder" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    whole = weights.with_name("pytorch_model.bin").read_bytes()
+    weights.with_name("pytorch_model.bin").write_bytes(whole[:-1000])
+
+
+def _keep_a_variant(folder: Path) -> None:
+    weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+
+
+def _foreign_part(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"] = ["no_such_library", "Network"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
 def _damage_sampling(folder: Path) -> None:
     (folder / "sampling.json").write_text('{"step": 10}')
 
@@ -256,6 +292,13 @@ def _damage_sampling(folder: Path) -> None:
         (_lose_shard, ["model-00002-of-00002.safetensors is missing", "index.json names"]),
         (_truncate_weights, ["model.safetensors is damaged: it has"]),
         (_damage_sampling, ["sampling.json", "step"]),
+        (_lose_vocabulary, ["tokenizer_2 holds no vocabulary (tokenizer.json,", "incomplete"]),
+        (_truncate_pickle, ["pytorch_model.bin is no file of weights, or is damaged"]),
+        (_keep_a_variant, ["a variant of the weights only (diffusion_pytorch_model.fp16"]),
+        (_foreign_part, ["cannot load", "No module named 'no_such_library'"]),
+        (_lose_tensors("transformer"), ["lack ", "of those of SD3Transformer2DModel, among them"]),
+        (_lose_tensors("vae"), ["lack ", "of those of AutoencoderKL, among them"]),
+        (_lose_tensors("text_encoder"), ["lack ", "of those of CLIPTextModelWithProjection, am"]),
     ],
 )
 def test_a_checkpoint_that_cannot_be_used_is_named(
@@ -265,7 +308,7 @@ def test_a_checkpoint_that_cannot_be_used_is_named(
     shutil.copytree(tiny_checkpoint, folder)
     fault(folder)
     with pytest.raises(ModelError, match=r"^model\.path: ") as caught:
-        load(folder)
+        load(folder).encode(["a red circle"])
     for word in (str(folder), *words):
         assert word in str(caught.value)
 
@@ -276,6 +319,8 @@ def test_a_checkpoint_that_cannot_be_used_is_named(
         ("model.lora_targets=[to_w]", "model.lora_targets: got 'to_w', which no linear or"),
         ("model.attention_backend=quick", "model.attention_backend: got 'quick'; must be one of "),
         ("model.width=20", "model.width: got 20; must be a multiple of 8"),
+        ("model.height=72", "model.height: got 72; must be at most 64, the largest for which the"),
+        ("model.embedding_cache=/proc/none", "model.embedding_cache: cannot be written to"),
         ("model.frames=5", "model.frames: got 5; StableDiffusion3Pipeline makes images"),
     ],
 )

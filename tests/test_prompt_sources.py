@@ -104,6 +104,14 @@ def test_a_file_is_read_by_its_name(
             "line 2: no column 'prompt'; the columns are text",
         ),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": 7}\n', "line 2: got 7; the prompt must be text"),
+        (
+            "a.jsonl",
+            '"a"\n{"prompt": 1, "prompt": "b"}\n',
+            "line 2: the key 'prompt' is given twice",
+        ),
+        ("a.jsonl", '"a"\n' + "[" * 100_000, "line 2: maximum recursion depth exceeded"),
+        ("a.jsonl", '"a"\n{"n": 1' + "0" * 5000 + "}", "line 2: Exceeds the limit"),
+        ("a.csv", "prompt,n,prompt\na,1,b\n", "the column 'prompt' is given twice"),
         ("a.jsonl", '"a"\nnull\n', "line 2: got None; the prompt must be text"),
         ("a.jsonl", '"a\\ud83d"\n', "line 1: got 'a\\ud83d', with half of a surrogate pair"),
         (

@@ -336,8 +336,8 @@ def test_divergence_is_from_the_initial_model(configure: Callable[..., Config], 
     config.output.mkdir()
     trainer.save()
     # A resumed run measures from the initial model too, not from where it goes on.
-    resumed = Trainer(config)
-    resumed.load(resumed.find_place())
+    resumed = Trainer(config, resume=True)
+    resumed.load()
     assert resumed.iterate() | TIMES == trainer.iterate() | TIMES
     assert equal(weights_of(trainer), weights_of(resumed))
 
@@ -425,10 +425,10 @@ def test_what_cannot_be_resumed_is_refused_before_any_work(
     state = (config.output / "checkpoint.pt").read_bytes()
     prompts.write_text("a red circle\na green circle\n")
     with pytest.raises(PromptError, match="was made with other prompts than these 2"):
-        Trainer(config).find_place()
+        Trainer(config, resume=True)
     (config.output / "checkpoint.pt").write_bytes(state[:1000])
     with pytest.raises(RunError, match=r"checkpoint\.pt is damaged and cannot be resumed from"):
-        Trainer(config).find_place()
+        Trainer(config, resume=True)
     # A line that a crash cut short is no record.
     with (config.output / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 7, "rew')

@@ -163,7 +163,13 @@ def sample(
     ] = None,
     prompts: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help='A file with one prompt per line, or "miniature".'),
+        typer.Option(
+            metavar="FILE", help='Prompts from a file or dataset, as in training; or "miniature".'
+        ),
+    ] = None,
+    column: Annotated[str, typer.Option(help="The column with the prompt.")] = "prompt",
+    max_prompts: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first so many prompts.")
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
     seed: _Seed = 0,
@@ -177,11 +183,12 @@ def sample(
     """Draw a grid of samples, one row per prompt."""
     if bool(prompt) == bool(prompts):
         raise UserError("prompts: must be given by --prompt or by --prompts, not both")
-    texts = (
-        [one.text for one in load_prompts(prompts, "held_out")] if prompts else list(prompt or [])
-    )
+    loaded = load_prompts(prompts, "held_out", column) if prompts else []
+    texts = ([one.text for one in loaded] or list(prompt or []))[:max_prompts]
     _check_model(model, "MODEL")
-    _check_parent(out, "--out")
+    _check_output(out, "--out")
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out: got {out}; the picture is a PNG, so its name must end in .png")
 
     from treegrpo import evaluate
 
@@ -273,6 +280,12 @@ def evaluate_(
     if json_file is not None:
         _check_output(json_file, "--json")
     page_file = None if page is None else _page_file(page)
+    if (
+        json_file is not None
+        and page_file is not None
+        and json_file.resolve() == page_file.resolve()
+    ):
+        raise UserError(f"--json and --page: both got {json_file}; must be two files")
 
     from treegrpo import evaluate
 

@@ -14,6 +14,13 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 
+def plain_console() -> Console:
+    """Standard output as it is, with lines of 120 letters where it is no terminal."""
+    console = Console(markup=False, highlight=False)
+    wide = None if console.is_terminal else max(120, console.width)
+    return Console(markup=False, highlight=False, width=wide)
+
+
 class Display:
     """Progress over a run's iterations: reward, accuracy and time left.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ FRAMES = 4
 """Of a video, that a reward is asked about."""
 
 # A decoder takes gigabytes per million pixels; more of them at once are hardly faster.
+_SECONDS_PER_WRITE = 5.0  # of the JSON, whose scores grow with every batch
 _DECODED_PIXELS = 2**21
 
 
@@ -297,17 +299,17 @@ def evaluate_command(
         source: where the prompts come from; for the report.
         rewards: names and their options.
         seeds: of the noises: 0 up to this.
-        json_file: written anew after every batch, so that it always holds what has been scored.
+        json_file: written anew every few seconds and at the end, however it comes.
         page: the HTML file.
 
     Raises:
         UserError: something that cannot be used; nothing was sampled.
         RewardError: a reward failed. The others were finished and reported.
     """
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     from treegrpo.checkpoint import FAILED_REWARD_FOLDER, write_atomically
+    from treegrpo.console import plain_console
     from treegrpo.report import comparison as report
 
     policies = _open(model, base, steps, guidance_scale, getattr(torch, dtype))
@@ -335,15 +337,15 @@ def evaluate_command(
     folder = next((path.parent for path in (json_file, page) if path is not None), None)
     keep_folder = None if folder is None else folder / FAILED_REWARD_FOLDER
 
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:  # lines of a log file are not as short as 80 letters
-        console = Console(markup=False, highlight=False, width=120)
+    console = plain_console()
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     failures = 0
+    written = time.monotonic()
     for role in comparison.roles:
         console.print(f"sampling {base if role == report.BASE else model}")
         with (
             closing(loaded),
+            _written(json_file, comparison),
             Progress(*columns, console=console, disable=not console.is_terminal) as progress,
         ):
             task = progress.add_task(role, total=len(prompts) * seeds * images_per_prompt)
@@ -351,8 +353,9 @@ def evaluate_command(
             for indices, noises, images in _score_in_parts(
                 comparison, role, policies.pop(0), prompts, loaded, keep_folder
             ):
-                if json_file is not None:
+                if json_file is not None and time.monotonic() - written > _SECONDS_PER_WRITE:
                     write_atomically(json_file, report.to_json(comparison))
+                    written = time.monotonic()
                 if comparison.failures.keys() == rewards.keys():
                     raise RewardError("; ".join(comparison.failures.values()))
                 for message in list(comparison.failures.values())[failures:]:
@@ -376,6 +379,19 @@ def evaluate_command(
     if comparison.failures:
         raise RewardError("; ".join(comparison.failures.values()))
     return comparison
+
+
+@contextmanager
+def _written(json_file: Path | None, comparison: Comparison) -> Iterator[None]:
+    """Leaves everything that was scored in the file, whatever ends the work."""
+    from treegrpo.checkpoint import write_atomically
+    from treegrpo.report.comparison import to_json
+
+    try:
+        yield
+    finally:
+        if json_file is not None:
+            write_atomically(json_file, to_json(comparison))
 
 
 def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:

@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from treegrpo.config import Config
+from treegrpo.console import plain_console
 from treegrpo.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,10 +41,12 @@ def parse_memory(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", text.strip())
     units = {unit.lower(): size for unit, size in _UNITS.items()}
     size = units.get(match[2].lower()) if match else None
-    if match is None or size is None or not (result := int(float(match[1]) * size)):
+    result = int(float(match[1]) * size) if match and size else 0
+    is_forgotten = match is not None and not match[2] and result < 10**6  # "24" is no 24 bytes
+    if not result or is_forgotten:
         raise UserError(
             f"--memory: got {text!r}; must be a size such as 24GiB (1024^3 bytes), 24GB (1000^3 "
-            "bytes) or a number of bytes"
+            "bytes) or a number of bytes, at least a million"
         )
     return result
 
@@ -153,7 +157,7 @@ def plan_command(
     measurements = Measurements(config.rollout.steps)
     needed = estimate(config, processes=processes, measurements=measurements)
     work = count_work(config, guided=needed.guided, processes=processes)
-    console = Console(highlight=False, markup=False)
+    console = plain_console()
     for table in (_work_table(work), _memory_table(needed)):
         console.print(table)
     if config.model.device == "auto" and needed.device == "cpu":
@@ -201,10 +205,15 @@ def _work_table(work: Work) -> Table:
 def _memory_table(needed: Estimate) -> Table:
     from treegrpo.memory import PARTS
 
-    table = Table(title=f"memory on {needed.device}, at each phase's fullest", title_justify="left")
-    table.add_column("")
+    table = Table(
+        title=f"memory on {needed.device}, at each phase's fullest",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("", no_wrap=True)
     for phase in needed.phases:
-        table.add_column(phase.name, justify="right")
+        table.add_column(phase.name, justify="right", overflow="fold", min_width=6)
     unit, size = _unit(needed.peak)
 
     def row(name: str, values: Iterable[int], style: str | None = None) -> None:

@@ -280,22 +280,36 @@ def _json_lines_rows(text: str, source: str) -> Iterator[_Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.rstrip())
+            row = json.loads(line.rstrip(), object_pairs_hook=_columns)
         except json.JSONDecodeError as error:
             raise PromptError(
                 f"prompts: {source}, {place}: not JSON: {error.msg}, column {error.colno}"
             ) from None
+        except (ValueError, RecursionError) as error:  # a key twice, a huge number, a deep nest
+            raise PromptError(f"prompts: {source}, {place}: {error}") from None
         yield place, row
+
+
+def _columns(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The keys of a JSON object, each of which must be given once."""
+    row: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in row:
+            raise ValueError(f"the key {key!r} is given twice")
+        row[key] = value
+    return row
 
 
 def _json_array_rows(text: str, source: str) -> Iterator[_Row]:
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_columns)
     except json.JSONDecodeError as error:
         raise PromptError(
             f"prompts: {source}, line {error.lineno}: not JSON: {error.msg}, column {error.colno} "
             "(a file of one JSON value per line must be named .jsonl)"
         ) from None
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"prompts: {source}: {error}") from None
     if not isinstance(rows, list):
         raise PromptError(
             f"prompts: {source} holds one JSON {type(rows).__name__}; must be an array of strings "
@@ -318,7 +332,8 @@ def _tsv_rows(text: str, source: str) -> Iterator[_Row]:
 
 def _separated_rows(reader: Any, source: str) -> Iterator[_Row]:
     try:
-        columns: list[str] = next(reader, [])
+        columns: list[str] = next((cells for cells in reader if cells), [])
+        _check_columns(columns, source)
         for cells in reader:
             place = f"line {reader.line_num}"
             if cells and len(cells) != len(columns):
@@ -342,12 +357,21 @@ _PARSERS = {
 _FILE_SUFFIXES = {*_PARSERS, ".parquet", ".txt"}
 
 
+def _check_columns(columns: Sequence[str], source: str) -> None:
+    twice = [name for name in columns if columns.count(name) > 1]
+    if twice:
+        raise PromptError(f"prompts: {source}: the column {twice[0]!r} is given twice")
+
+
 def _parquet_rows(path: Path) -> Iterator[_Row]:
     parquet = _import("pyarrow.parquet", str(path))
     try:
         with parquet.ParquetFile(path) as file:
+            _check_columns(file.schema_arrow.names, str(path))
             columns = _text_columns(file.schema_arrow)
             tables = [file.read(columns)]
+    except PromptError:
+        raise
     except (OSError, ValueError) as error:  # pyarrow's own errors are among these
         raise PromptError(f"prompts: {path} is no Parquet file: {error}") from error
     return _arrow_rows(tables)
@@ -374,7 +398,8 @@ def _dataset_rows(
             )
     except Exception as error:  # Network, access, format: they have no base class in common.
         raise PromptError(
-            f"prompts: {source} is no file, and no dataset that can be loaded: {error}"
+            f"prompts: {source} is no file, and no dataset that can be loaded: "
+            f"{error.__cause__ or error}"
         ) from error
     if chosen not in splits:
         listed = ", ".join(f"{source.removesuffix(f':{split}')}:{name}" for name in splits)

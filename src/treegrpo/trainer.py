@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -123,8 +123,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         UserError: a setting, folder, model or prompt list that cannot be used; nothing was done.
         RewardError: a reward failed; the state before the failing iteration was saved.
     """
-    trainer = Trainer(config)
-    state = trainer.find_place() if resume else None
+    trainer = Trainer(config, resume=resume)
     if trainer.is_main:
         checkpoint.check_space(config.output, trainer.state_bytes())
         checkpoint.prepare_folder(config, resume=resume, overwrite=overwrite)
@@ -137,9 +136,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         stop_signal() as stop,
         closing(trainer.rewards),
     ):
-        for warning in trainer.warnings:
-            display.say(f"warning: {warning}")
-        trainer.prepare_prompts(display.say)
+        trainer.tell_warnings(display)
         before = last = trainer.evaluate()
         trainer.baseline = {
             name: (values.mean().item(), values.std(correction=0).item())
@@ -147,10 +144,10 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         }
         display.say(f"before: {describe(before)}")
         evaluated_at = 0
-        if state is None:
+        if not resume:
             log.evaluation(0, before)
         else:
-            trainer.load(state)
+            trainer.load()
             if _is_due(config.evaluation.every, trainer.iteration) and trainer.iteration:
                 # The run may have ended before this was done.
                 last, evaluated_at = trainer.evaluate(), trainer.iteration
@@ -160,6 +157,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             while trainer.iteration < config.train.iterations and not (interrupted or late):
                 metrics = trainer.iterate()
                 log.metrics(metrics)
+                trainer.tell_warnings(display)
                 display.show(metrics, trainer.seconds_left(limit))
                 if _is_due(config.evaluation.every, trainer.iteration):
                     last, evaluated_at = trainer.evaluate(), trainer.iteration
@@ -199,9 +197,16 @@ def _is_due(every: int, iteration: int) -> bool:
 
 
 class Trainer:
-    """The parts of a run and its state. `iterate` is one iteration; `train` drives it."""
+    """The parts of a run and its state. `iterate` is one iteration; `train` drives it.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        resume: continue the run in the output folder, once `load` has taken over what it trained.
+
+    Raises:
+        UserError: something cannot be used; the network's weights have not been read.
+    """
+
+    def __init__(self, config: Config, *, resume: bool = False) -> None:
         self.config = config
         device = usable_device(config.model.device, "model.device")
         if device.index is not None and device.type != "cpu":
@@ -276,6 +281,13 @@ class Trainer:
         # Building the transitions refuses a step without a density before any sampling.
         for shape in plans:
             self._transitions(shape)
+        self.iteration = 0
+        self.seconds = 0.0
+        self.rollout_forwards = 0
+        self.update_forwards = 0
+        self._state = self._find_place() if resume else None
+        # Before the network is read: the text encoders may be as large.
+        self._prepare_prompts()
         load_weights(self.policy, master_weights=not config.model.lora_rank)
         if config.model.lora_rank:
             self.policy.add_lora(
@@ -305,10 +317,6 @@ class Trainer:
         self.average = None if decay is None else EMAModel(self.parameters, decay=decay)
         self.reference = self._build_reference()
         self.baseline: dict[str, tuple[float, float]] = {}  # of the untrained model's rewards
-        self.iteration = 0
-        self.seconds = 0.0
-        self.rollout_forwards = 0
-        self.update_forwards = 0
 
     def iterate(self) -> dict[str, float]:
         """One iteration; returns its metrics."""
@@ -358,6 +366,11 @@ class Trainer:
             "seconds": watch.total,
             **{f"seconds_{name}": seconds for name, seconds in watch.seconds.items()},
         }
+
+    def tell_warnings(self, display: Display) -> None:
+        """Those that have come up since the last time."""
+        while self.warnings:
+            display.say(f"warning: {self.warnings.pop(0)}")
 
     def seconds_left(self, limit: float) -> float:
         """Until the last iteration or the time limit, at the speed so far."""
@@ -603,6 +616,12 @@ class Trainer:
                 "it sampled with; look for dropout, a changing batch dependence, or try "
                 "model.dtype=float32"
             )
+        if self.iteration == 0 and first.ratio_error > self.config.objective.clip_low:
+            self.warnings.append(
+                f"the first update's ratio is off 1 by {first.ratio_error:.1e}, more than "
+                f"objective.clip_low ({self.config.objective.clip_low:g}): rounding alone clips; "
+                "try model.dtype=float32"
+            )
 
     def _reward_metrics(self, rewards: dict[str, Tensor]) -> dict[str, float]:
         metrics: dict[str, float] = {}
@@ -657,7 +676,7 @@ class Trainer:
             self.reference.cpu()
         return means
 
-    def prepare_prompts(self, say: Callable[[str], None] = print) -> None:
+    def _prepare_prompts(self) -> None:
         """Compute the embeddings of the run's prompts; the text encoders then leave memory."""
         left = self.config.train.iterations - self.iteration
         draws = left * self.config.rollout.prompts_per_iteration
@@ -665,7 +684,8 @@ class Trainer:
         texts = [prompt.text for prompt in self.held_out] + upcoming
         # The processes of a machine share its disk, and the work.
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        self.policy.prepare(texts[self.accelerator.local_process_index :: processes], say)
+        own = texts[self.accelerator.local_process_index :: processes]
+        self.policy.prepare(own, print if self.is_main else lambda text: None)
         self.accelerator.wait_for_everyone()
 
     def evaluate(self) -> Evaluation:
@@ -725,7 +745,7 @@ class Trainer:
         }
         checkpoint.save_state(self.config.output, state)
 
-    def find_place(self) -> dict[str, Any]:
+    def _find_place(self) -> dict[str, Any]:
         """Where the saved run stands; returns its state, for `load`.
 
         Raises:
@@ -740,8 +760,10 @@ class Trainer:
         self.update_forwards = state["update_forwards"]
         return state
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Take over what was trained."""
+    def load(self) -> None:
+        """Take over what the run to resume has trained; until then the model is the initial one."""
+        state, self._state = self._state, None
+        assert state is not None
         with torch.no_grad():
             for parameter, stored in zip(self.parameters, state["parameters"], strict=True):
                 parameter.copy_(stored)

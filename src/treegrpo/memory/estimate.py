@@ -150,7 +150,7 @@ def estimate(
         sum(p.numel() for p in network.parameters()) - sum(p.numel() for p in adapters),
         sum(p.numel() for p in skeleton.trained),
         sum(p.numel() for p in skeleton.policy.vae.parameters()),
-        sum(p.numel() for encoder in skeleton.encoders for p in encoder.parameters()),
+        sum(p.numel() for encoder in skeleton.encoders.values() for p in encoder.parameters()),
         skeleton.is_guided,
         run.phases(),
     )
@@ -221,7 +221,7 @@ class _Run:
 
     @cached_property
     def _encoders(self) -> int:
-        return sum(total_bytes(encoder.parameters()) for encoder in self.skeleton.encoders)
+        return sum(total_bytes(encoder.parameters()) for encoder in self.skeleton.encoders.values())
 
     def _embeddings(self, prompts: int) -> int:
         return prompts * self.skeleton.embedding_bytes
@@ -239,13 +239,12 @@ class _Run:
     # --- the phases ---
 
     def _encode(self) -> Phase:
-        """Before the first iteration, where prompts are not in the cache yet."""
-        new = {
-            "optimizer": 0,
+        """Before the network is read, where prompts are not in the cache yet."""
+        parts = {
             "text encoders": self._encoders,
             "activations": self.measured.encode(self.config.model),
         }
-        return self._phase("encode", [({**self._always, **new}, self._always_on_host)])
+        return self._phase("encode", [(parts, {})])
 
     def _evaluation(self) -> Phase:
         """As `evaluate`, which offloads nothing; the trained weights wait on the CPU."""
@@ -259,13 +258,14 @@ class _Run:
         host = dict(self._always_on_host)
         if self.config.train.ema_decay is not None:
             host["average"] = self.trained
-        sampling = {
-            "activations": self._sampling(rows, 1),
-            "states": 3 * rows * self.skeleton.state_bytes,
-        }
-        moments = [sampling]
+        state, earlier = self.skeleton.state_bytes, rows * self._decoder(1).image
+        # The images of the prompts before stay until the next ones come.
+        moments = [
+            {"activations": self._sampling(rows, 1), "states": 3 * rows * state, "images": earlier}
+        ]
         for decoding in self._decoding(rows):
-            moments.append({**decoding, "states": rows * self.skeleton.state_bytes})
+            images = decoding["images"] + earlier
+            moments.append({**decoding, "images": images, "states": 2 * rows * state})
         return self._phase("evaluation", [({**parts, **moment}, host) for moment in moments])
 
     def _sampling(self, nodes: int, children: int) -> int:

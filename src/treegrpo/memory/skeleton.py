@@ -222,13 +222,13 @@ class Skeleton:
         return tuple(p for p in self.policy.network.parameters() if p.requires_grad)
 
     @cached_property
-    def encoders(self) -> tuple[nn.Module, ...]:
-        """The text encoders, of fake tensors."""
+    def encoders(self) -> dict[str, nn.Module]:
+        """The text encoders by component, of fake tensors."""
         names = [name for name in self.policy.text_parts if name in self.policy.configs]
-        parts = [self._part(name).eval() for name in names]
-        for part in parts:
+        parts = {name: self._part(name).eval() for name in names}
+        for part in parts.values():
             _make_fake(part, self._mode)
-        return tuple(parts)
+        return parts
 
     @property
     def state_bytes(self) -> int:
@@ -305,15 +305,14 @@ class Skeleton:
     def encode(self) -> int:
         """Peak bytes of the text encoders' forward on a batch of the longest prompts."""
         peak = 0
-        for encoder in self.encoders:
+        for name, encoder in self.encoders.items():
             config: Any = encoder.config
-            tokens = self.policy.sampling.max_sequence_length
-            if getattr(config, "model_type", "").startswith("clip") or tokens is None:
-                tokens = config.max_position_embeddings
+            is_clip = getattr(config, "model_type", "").startswith("clip")
+            tokens = config.max_position_embeddings if is_clip else self.policy.encoder_tokens()
             with torch.no_grad(), self._mode:
                 ids = torch.zeros(PROMPTS_PER_ENCODING, tokens, dtype=torch.int64)
                 with self._counting() as count:
-                    encoder(ids)
+                    encoder(ids, output_hidden_states=name in self.policy.kept_layers)
             peak = max(peak, count.peak)
         return peak
 

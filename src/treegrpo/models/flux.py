@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
 
@@ -41,6 +42,10 @@ class Flux(Policy):
     )
 
     @classmethod
+    def default_sampling(cls, configs: Configs) -> Sampling:
+        return cls.defaults if _takes_guidance(configs) else replace(cls.defaults, guidance_scale=1)
+
+    @classmethod
     def default_size(cls, configs: Configs) -> tuple[int, int]:
         size = _DEFAULT_SIZE_IN_LATENTS * _scale(configs)
         return size, size
@@ -54,7 +59,7 @@ class Flux(Policy):
         super().check_sampling(sampling, configs)
         check_prompt_length(sampling, _LONGEST_PROMPT)
         scale = sampling.guidance_scale
-        if not _takes_guidance(configs) and scale > 1 and scale != cls.defaults.guidance_scale:
+        if not _takes_guidance(configs) and scale > 1:
             raise ModelError(
                 f"model.guidance_scale: got {scale:g}; must be null: this checkpoint is "
                 "timestep-distilled (as FLUX.1-schnell) and takes none"

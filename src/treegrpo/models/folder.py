@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import zipfile
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ FAMILIES = {
 # What a component's folder must hold: its configuration, and for models one of these weights.
 _CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 _WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
+_VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model")
 _ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
@@ -67,6 +69,9 @@ def check_folder(folder: Path, field: str = "model.path", *, weights: bool = Tru
     for name in components(index):
         if weights or not name.startswith("tokenizer"):
             _check_component(folder / name, field, weights)
+        # Its bytes are its vocabulary.
+        if weights and name.startswith("tokenizer") and index[name][1] != "ByT5Tokenizer":
+            _check_tokenizer(folder / name, field)
 
 
 def check_family(path: str, index: dict[str, Any], field: str = "model.path") -> str:
@@ -146,6 +151,12 @@ def _check_component(folder: Path, field: str, needs_weights: bool) -> None:
     candidates = [folder / (stem + ending) for stem in _WEIGHTS for ending in _ENDINGS]
     weights = next((path for path in candidates if path.is_file()), None)
     if weights is None:
+        variants = sorted(path.name for path in folder.glob("*.*.safetensors"))
+        if variants:
+            raise ModelError(
+                f"{field}: {folder} holds a variant of the weights only ({variants[0]}); rename "
+                "its files to the plain name, or save the pipeline again without a variant"
+            )
         raise ModelError(
             f"{field}: {folder} holds no weights (such as {_WEIGHTS[0]}{_ENDINGS[0]}); the "
             "checkpoint is incomplete"
@@ -162,9 +173,27 @@ def _check_component(folder: Path, field: str, needs_weights: bool) -> None:
         _check_weights(folder / shard, field)
 
 
+def _check_tokenizer(folder: Path, field: str) -> None:
+    """transformers would go on with an empty vocabulary, to which all prompts are alike."""
+    if any((folder / name).is_file() for name in _VOCABULARIES):
+        return
+    if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        raise ModelError(
+            f"{field}: {folder} holds no vocabulary ({', '.join(_VOCABULARIES)}, or vocab.json "
+            "with merges.txt); the checkpoint is incomplete"
+        )
+
+
 def _check_weights(path: Path, field: str) -> None:
-    """A safetensors file says in its header how long it must be."""
+    """A safetensors file says in its header how long it must be; torch's is a whole zip archive, or
+    an older pickle."""
     if path.suffix != ".safetensors":
+        with path.open("rb") as file:
+            start = file.read(4)
+        if not (zipfile.is_zipfile(path) if start.startswith(b"PK") else start.startswith(b"\x80")):
+            raise ModelError(
+                f"{field}: {path} is no file of weights, or is damaged; download or copy it again"
+            )
         return
     size = path.stat().st_size
     try:

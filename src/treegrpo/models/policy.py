@@ -12,6 +12,7 @@ import difflib
 import gc
 import importlib
 import json
+import math
 import re
 import shutil
 from abc import ABC, abstractmethod
@@ -37,6 +38,7 @@ from treegrpo.models.folder import (
     read_json,
     resolve,
 )
+from treegrpo.plan import PlanError
 from treegrpo.rewards import evenly_spaced
 from treegrpo.rollout import Predict
 from treegrpo.transition import Schedule, flow_schedule
@@ -47,6 +49,7 @@ Configs = Mapping[str, Mapping[str, Any]]
 Conditioning = dict[str, Tensor]
 
 PROMPTS_PER_ENCODING = 32
+_LETTERS_PER_TOKEN = 4.5  # of English, in today's vocabularies
 # Of a hub's checkpoint, where its weights are not needed.
 _CONFIG_FILES = ["model_index.json", "*/config.json", "scheduler/scheduler_config.json"]
 
@@ -108,8 +111,15 @@ class Policy(ABC):
     """The layers that get an adapter by default: those of diffusers' own training scripts."""
     defaults: ClassVar[Sampling]
     """The pipeline's own defaults."""
+    kept_layers: ClassVar[tuple[str, ...]] = ()
+    """The text encoders of which the pipeline wants every layer's output."""
     guidance_is_embedded: ClassVar[bool] = False
     """Whether guidance is an input of the network (distilled) instead of a second prediction."""
+
+    @classmethod
+    def default_sampling(cls, configs: Configs) -> Sampling:
+        """How this checkpoint is sampled where neither it nor the caller says."""
+        return cls.defaults
 
     @classmethod
     @abstractmethod
@@ -138,6 +148,11 @@ class Policy(ABC):
     @abstractmethod
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """Of one prompt's conditioning, at its longest; names as `encode_prompts` gives them."""
+
+    def encoder_tokens(self) -> int:
+        """Of the longest prompt, with what the pipeline puts around it, for text encoders whose
+        prompts have no fixed length."""
+        return self.sampling.max_sequence_length or 0
 
     @abstractmethod
     def encode_prompts(
@@ -217,7 +232,8 @@ class Policy(ABC):
         """
         self.folder, self.index = folder, dict(index)
         self.device, self.dtype = device, dtype
-        if dtype == torch.bfloat16 and device.type == "cuda" and not torch.cuda.is_bf16_supported():
+        emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(False)
+        if dtype == torch.bfloat16 and emulated:
             raise ModelError(
                 f"model.dtype: got bfloat16, which {torch.cuda.get_device_name(device)} does not "
                 "compute in; must be float32"
@@ -243,7 +259,10 @@ class Policy(ABC):
         if cache is not None:
             settings = f"{self.pipeline_name} {dtype} {self.sampling.max_sequence_length}"
             cache = cache / "embeddings" / model_key(folder, self.text_parts, settings)
-        self.store = EmbeddingStore(cache)
+        try:
+            self.store = EmbeddingStore(cache)
+        except OSError as error:
+            raise ModelError(f"model.embedding_cache: cannot be written to ({error})") from error
 
     def _check_sampling(self) -> None:
         sampling, multiple = self.sampling, self.size_multiple(self.configs)
@@ -281,21 +300,42 @@ class Policy(ABC):
                 training all of them needs.
         """
         weights = torch.float32 if master_weights else self.dtype
-        network = self.part_class(self.network_name).from_pretrained(
-            self.folder, subfolder=self.network_name, dtype=weights
-        )
+        network = self._read(self.network_name, weights)
         if self._lora_folder is not None:
             network.load_lora_adapter(
                 str(self._lora_folder), prefix=self.network_name, weight_name=LORA_FILE
             )
         self.network = network.to(self.device)
-        self.vae = self.part_class("vae").from_pretrained(
-            self.folder, subfolder="vae", dtype=self.dtype
-        )
+        self.vae = self._read("vae", self.dtype)
         self.vae.requires_grad_(False).eval().to(self.device)
         # Two-dimensional convolutions run up to twice as fast with the channels last.
         if all(parameter.dim() < 5 for parameter in self.vae.parameters()):
             self.vae.to(memory_format=torch.channels_last)
+
+    def count_tokens(self, text: str) -> int:
+        """Of a text, by the checkpoint's tokenizer, or roughly where its files are not here (of a
+        hub's checkpoint of which nothing but the configurations is needed)."""
+        folder = self.folder / "tokenizer"
+        if not any(folder.glob("*")):
+            return math.ceil(len(text) / _LETTERS_PER_TOKEN)
+        return len(self.part_class("tokenizer").from_pretrained(folder)(text).input_ids)
+
+    def _read(self, name: str, dtype: torch.dtype) -> Any:
+        """A component with its weights.
+
+        Raises:
+            ModelError: some are missing, which would stay random.
+        """
+        part, report = self.part_class(name).from_pretrained(
+            self.folder, subfolder=name, dtype=dtype, output_loading_info=True
+        )
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ModelError(
+                f"model.path: the weights in {self.folder / name} lack {len(missing)} of those of "
+                f"{type(part).__name__}, among them {missing[0]!r}"
+            )
+        return part
 
     # --- prompts ---
 
@@ -365,12 +405,20 @@ class Policy(ABC):
             }
             # Some pipelines look into these two for sizes.
             present = {"scheduler": self.scheduler, self.network_name: self.skeleton()}
-            pipeline = self._pipeline_class.from_pretrained(
-                self.folder, dtype=self.dtype, **{**absent, **present}
-            )
-            for name, part in pipeline.components.items():
-                if name in self.text_parts and isinstance(part, nn.Module):
-                    part.requires_grad_(False).eval().to(self.device)
+            encoders = [name for name in self.text_parts if name in self.configs]
+            try:
+                read = {name: self._read(name, self.dtype) for name in encoders}
+                pipeline = self._pipeline_class.from_pretrained(
+                    self.folder, dtype=self.dtype, **{**absent, **present, **read}
+                )
+            except ModelError:
+                raise
+            except (OSError, ValueError, RuntimeError) as error:
+                raise ModelError(
+                    f"model.path: cannot load the text encoders of {self.folder}: {error}"
+                ) from error
+            for part in read.values():
+                part.requires_grad_(False).eval().to(self.device)
             self._encoders = pipeline
         return self._encoders
 
@@ -381,8 +429,18 @@ class Policy(ABC):
         return torch.randn(count, *self.latent_shape, generator=generator, device=self.device)
 
     def schedule(self, steps: int) -> Schedule:
-        """The checkpoint's own noise levels for so many steps."""
-        return self.noise_levels(steps)[0]
+        """The checkpoint's own noise levels for so many steps.
+
+        Raises:
+            ModelError: they are none that a rollout can follow.
+        """
+        try:
+            return self.noise_levels(steps)[0]
+        except PlanError as error:
+            raise ModelError(
+                f"model.path: {type(self.scheduler).__name__}, the scheduler of {self.folder}, has "
+                f"noise levels that cannot be used: {error}"
+            ) from error
 
     def predictor(
         self, conditioning: Conditioning, steps: int, network: nn.Module | None = None
@@ -464,14 +522,19 @@ class Policy(ABC):
 
         network: Any = self.network
         network.requires_grad_(False)
-        network.add_adapter(
-            LoraConfig(
-                r=rank,
-                lora_alpha=alpha,
-                init_lora_weights="gaussian",
-                target_modules=list(targets or self.lora_targets),
-            )
+        adapter = LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            init_lora_weights="gaussian",
+            target_modules=list(targets or self.lora_targets),
         )
+        try:
+            network.add_adapter(adapter)
+        except ValueError as error:
+            raise ModelError(
+                f"model.lora_targets: got {list(targets or self.lora_targets)} with lora_rank "
+                f"{rank}, on which no adapter can be put: {error}"
+            ) from error
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
@@ -618,10 +681,13 @@ def open_policy(
     index = read_json(source / INDEX_FILE)
     module, _, name = FAMILIES[check_family(str(source), index)].partition(":")
     family: type[Policy] = getattr(importlib.import_module(module), name)
-    sampling = Sampling(**{**asdict(family.defaults), **stored, **changes})
     try:
+        defaults = family.default_sampling(component_configs(source, index))
+        sampling = Sampling(**{**asdict(defaults), **stored, **changes})
         policy = family(source, index, sampling, device=device, dtype=dtype, cache=cache)
-    except (OSError, KeyError, AttributeError) as error:
+    except ModelError:
+        raise
+    except (OSError, KeyError, AttributeError, ImportError, TypeError, ValueError) as error:
         raise ModelError(
             f"model.path: cannot use {source}: {type(error).__name__}: {error}"
         ) from error
@@ -652,7 +718,9 @@ def load_weights(policy: Policy, *, master_weights: bool = False) -> None:
     """`policy.load`, with the libraries' errors told as ours (ModelError)."""
     try:
         policy.load(master_weights=master_weights)
-    except (OSError, ValueError, RuntimeError) as error:
+    except ModelError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError, AttributeError) as error:
         raise ModelError(f"model.path: cannot load {str(policy.folder)!r}: {error}") from error
 
 
@@ -682,17 +750,22 @@ def _local_folder(source: str, weights: bool) -> Path:
     if Path(source).is_dir():
         return Path(source)
     from diffusers import DiffusionPipeline
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import hf_hub_download, snapshot_download
 
     try:
-        check_family(source, DiffusionPipeline.load_config(source))
+        check_family(source, read_json(Path(hf_hub_download(source, INDEX_FILE))))
         if weights:
             return Path(DiffusionPipeline.download(source))
         return Path(snapshot_download(source, allow_patterns=_CONFIG_FILES))
-    except OSError as error:
+    except ModelError:
+        raise
+    except Exception as error:  # the hub's client, its transports and the disk have many
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModelError(
-            f"model.path: cannot load {source!r}: it is neither a folder nor a checkpoint on the "
-            f"hub that can be reached from here ({error})"
+            f"model.path: {source!r} is no local folder and cannot be downloaded from the hub "
+            f"({reason}); fetch it where there is a connection with `hf download {source} "
+            "--local-dir FOLDER` (after `hf auth login` where the model asks for consent) and name "
+            "that folder"
         ) from error
 
 

@@ -25,6 +25,7 @@ class QwenImage(Policy):
     defaults: ClassVar = Sampling(
         steps=50, guidance_scale=4.0, negative_prompt=" ", max_sequence_length=512
     )
+    kept_layers: ClassVar = ("text_encoder",)
     # Flow-GRPO adapts the text's layers and both feed-forward networks as well.
     lora_targets: ClassVar = ("attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v")
 
@@ -59,6 +60,11 @@ class QwenImage(Policy):
             "embeddings": (tokens, self.configs["transformer"]["joint_attention_dim"]),
             "mask": (tokens,),
         }
+
+    def encoder_tokens(self) -> int:
+        pipeline: Any = QwenImagePipeline(self.scheduler, None, None, None, None)
+        around = self.count_tokens(pipeline.prompt_template_encode.format(""))
+        return around + (self.sampling.max_sequence_length or 0)
 
     def encode_prompts(self, pipeline: Any, prompts: list[str]) -> dict[str, list[Tensor]]:
         embeddings, mask = pipeline.encode_prompt(
@@ -100,6 +106,8 @@ class QwenImage(Policy):
 
     def call_settings(self) -> dict[str, Any]:
         settings = super().call_settings()
+        # Without a negative prompt, even an empty one, the pipeline does not guide.
+        settings["negative_prompt"] = self.sampling.negative_prompt
         return {"true_cfg_scale": settings.pop("guidance_scale"), **settings}
 
     def decode_latents(self, latents: Tensor) -> Tensor:

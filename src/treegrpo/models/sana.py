@@ -46,6 +46,11 @@ class Sana(Policy):
         channels = self.configs["transformer"]["caption_channels"]
         return {"embeddings": (tokens, channels), "mask": (tokens,)}
 
+    def encoder_tokens(self) -> int:
+        # As the pipeline counts: one of the instruction's tokens and the prompt's first are shared.
+        instruction = self.count_tokens("\n".join(_INSTRUCTION))
+        return instruction + (self.sampling.max_sequence_length or 0) - 2
+
     def encode_prompts(self, pipeline: Any, prompts: list[str]) -> Conditioning:
         # A negative prompt is always encoded alone (see `negative`).
         is_negative = prompts[0].startswith(_NEGATIVE)
@@ -60,6 +65,9 @@ class Sana(Policy):
 
     def negative(self) -> Conditioning:
         return self.encode([_NEGATIVE + self.sampling.negative_prompt])
+
+    def call_settings(self) -> dict[str, Any]:
+        return {**super().call_settings(), "use_resolution_binning": False}
 
     def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
         return flow_levels(self.scheduler, steps)

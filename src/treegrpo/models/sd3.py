@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor, nn
 
+from treegrpo.models.folder import ModelError
 from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling, flow_levels
 from treegrpo.transition import Schedule
 
@@ -16,6 +17,7 @@ class StableDiffusion3(Policy):
 
     pipeline_name: ClassVar = "StableDiffusion3Pipeline"
     defaults: ClassVar = Sampling(steps=28, guidance_scale=7.0, max_sequence_length=256)
+    kept_layers: ClassVar = ("text_encoder", "text_encoder_2")
     lora_targets: ClassVar = (
         "attn.add_k_proj",
         "attn.add_q_proj",
@@ -35,6 +37,17 @@ class StableDiffusion3(Policy):
     @classmethod
     def size_multiple(cls, configs: Configs) -> int:
         return int(_scale(configs) * configs["transformer"]["patch_size"])
+
+    @classmethod
+    def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
+        super().check_sampling(sampling, configs)
+        most = configs["transformer"]["pos_embed_max_size"] * cls.size_multiple(configs)
+        for name, value in (("height", sampling.height), ("width", sampling.width)):
+            if value is not None and value > most:
+                raise ModelError(
+                    f"model.{name}: got {value}; must be at most {most}, the largest for which the "
+                    "network has positions"
+                )
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -183,6 +183,7 @@ class StableDiffusionXL(StableDiffusion):
 
     pipeline_name: ClassVar = "StableDiffusionXLPipeline"
     defaults: ClassVar = Sampling(steps=50, guidance_scale=5.0)
+    kept_layers: ClassVar = ("text_encoder", "text_encoder_2")
     scheduler_changes: ClassVar[Mapping[str, Any]] = {}
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:

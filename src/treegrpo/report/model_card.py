@@ -7,6 +7,7 @@ from pathlib import Path
 
 from treegrpo import __version__
 from treegrpo.config import Config, to_yaml
+from treegrpo.models.folder import resolve
 from treegrpo.models.policy import Policy
 from treegrpo.report.run import TrainingResult
 
@@ -81,7 +82,7 @@ is of a higher order (DPM-Solver, UniPC, PNDM), its pictures differ a little fro
 
 def _usage(config: Config, policy: Policy) -> str:
     uses_lora = config.model.lora_rank > 0
-    source = config.model.path if uses_lora else "THIS_FOLDER"
+    source = resolve(config.model.path) if uses_lora else "THIS_FOLDER"
     # Some pipelines load without a text encoder only if they are told so.
     absent = [
         name

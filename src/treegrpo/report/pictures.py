@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 
 import numpy as np
@@ -213,7 +214,7 @@ def _write_legend(axes: Axes, x: float, y: float) -> None:
 # --- curves ---
 
 _HEALTH = {
-    "ratio": "ratio new / old policy: min, mean, max",
+    "ratio": "ratio of new to old policy, minus 1",
     "clip_fraction": "share of clipped edges",
     "gradient_norm": "gradient norm",
     "reward_std_within_group": "spread of rewards within a group",
@@ -224,14 +225,18 @@ def training_curve(
     path: Path,
     metrics: Sequence[Mapping[str, float]],
     evaluations: Sequence[Mapping[str, float]] = (),
+    rewards: Mapping[str, bool] | None = None,
 ) -> None:
     """Write a PNG with the reward (and accuracy) per iteration, and small panels of health.
 
     Args:
         metrics: one mapping per iteration. Read are `iteration`, `reward`, `accuracy`,
-            `ratio_min`, `ratio_mean`, `ratio_max`, `clip_fraction`, `gradient_norm` and
-            `reward_std_within_group`; what is missing or not finite is left out.
+            `ratio_min`, `ratio_mean`, `ratio_max`, `clip_fraction`, `gradient_norm`,
+            `reward_std_within_group` and `reward_normalized/NAME`; what is missing or not finite is
+            left out.
         evaluations: mappings with `iteration` and `reward` or `accuracy`, on held-out prompts.
+        rewards: by name, whether it is trained on. Several share a panel of their normalised
+            values, where a watched one that falls while the trained ones rise stands out.
 
     Raises:
         ValueError: neither holds a reward or an accuracy.
@@ -244,15 +249,25 @@ def training_curve(
     if not main:
         raise ValueError("metrics: got no iteration with a reward; there is nothing to draw")
     health = [key for key in _HEALTH if any(len(_series(metrics, k)[0]) for k in _keys(key))]
-    figure = Figure(figsize=(style.PAGE_WIDTH, 5.4), facecolor=style.PAPER)
+    together = {
+        name: trained
+        for name, trained in (rewards or {}).items()
+        if len(_series(metrics, f"reward_normalized/{name}")[0])
+    }
+    count = len(main) + (len(together) > 1)
+    figure = Figure(figsize=(style.PAGE_WIDTH, max(5.4, 2.5 * count)), facecolor=style.PAPER)
     FigureCanvasAgg(figure)
     right_edge = 0.6 if health else 0.97
     grid = figure.add_gridspec(
-        len(main), left=0.08, right=right_edge, top=0.92, bottom=0.11, hspace=0.32
+        count, left=0.08, right=right_edge, top=0.92, bottom=0.11, hspace=0.32
     )
     panels = grid.subplots(sharex=True, squeeze=False)[:, 0]
-    for key, axes in zip(main, panels, strict=True):
+    for key, axes in zip(main, panels, strict=False):
         _draw_main(axes, metrics, evaluations, key)
+        if key == "reward" and len(together) > 1:
+            axes.set_title(f"mean of {next(n for n in together if together[n])}", loc="left")
+    if len(together) > 1:
+        _draw_rewards(panels[-1], metrics, together)
     panels[0].legend(loc="lower right", frameon=False, fontsize=9, labelcolor=style.MUTED)
     panels[-1].set_xlabel("iteration", color=style.MUTED, fontsize=9, labelpad=6)
     if health:
@@ -324,6 +339,31 @@ def _draw_main(
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
+def _draw_rewards(
+    axes: Axes, metrics: Sequence[Mapping[str, float]], rewards: Mapping[str, bool]
+) -> None:
+    _style_axes(axes, "each reward, in standard deviations above the untrained model", size=11)
+    for (name, trained), color in zip(rewards.items(), cycle(style.SERIES), strict=False):
+        x, y = _series(metrics, f"reward_normalized/{name}")
+        axes.plot(
+            x,
+            _smooth(x, y),
+            color=color,
+            linewidth=2 if trained else 1.4,
+            linestyle="-" if trained else (0, (4, 2)),
+            marker="o" if len(x) == 1 else "",
+            label=name if trained else f"{name} (watched)",
+        )
+    axes.axhline(0, color=style.NEUTRAL, linewidth=1, zorder=1)
+    axes.margins(x=0.05, y=0.15)
+    low, high = axes.get_ylim()
+    axes.set_ylim(low, high + 0.16 * (high - low))  # room for the legend
+    axes.legend(
+        loc="upper left", ncols=3, frameon=False, fontsize=8, labelcolor=style.MUTED, borderpad=0
+    )
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+
+
 def _draw_health(axes: Axes, metrics: Sequence[Mapping[str, float]], panel: str) -> None:
     _style_axes(axes, _HEALTH[panel], size=9)
     for key in _keys(panel):
@@ -331,12 +371,20 @@ def _draw_health(axes: Axes, metrics: Sequence[Mapping[str, float]], panel: str)
         edge = key in ("ratio_min", "ratio_max")
         axes.plot(
             x,
-            y,
+            y - 1 if panel == "ratio" else y,
             color=style.MUTED if not edge else style.NEUTRAL,
             linewidth=1.2,
             marker="." if len(x) == 1 else "",
         )
     axes.margins(y=0.15)
+    values = np.concatenate([_series(metrics, key)[1] for key in _keys(panel)])
+    if panel == "clip_fraction":
+        axes.set_ylim(0, max(1.15 * values.max(), 0.01))
+    if panel == "ratio":
+        largest = max(1.15 * np.abs(values - 1).max(), 1e-6)  # a rounding error is no news
+        axes.set_ylim(-largest, largest)
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        axes.yaxis.get_offset_text().set(size=8, color=style.MUTED)
     axes.yaxis.set_major_locator(MaxNLocator(3))
 
 

@@ -79,6 +79,10 @@ def describe(evaluation: Evaluation) -> str:
     return "  ".join(f"{name} {evaluation.mean(name):.3f}" for name in evaluation.scores)
 
 
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+
+
 def write_report(
     config: Config,
     before: Evaluation,
@@ -104,7 +108,7 @@ def write_report(
         before.images,
         after.images,
         *correct,
-        label_after=f"after {max(result.seconds / 60, 1):.0f} minutes of training",
+        label_after=f"after {_duration(result.seconds)} of training",
         accuracy_before=shares[0],
         accuracy_after=shares[1],
     )
@@ -115,7 +119,8 @@ def write_report(
         if accuracy is not None:
             record["accuracy"] = record[accuracy]
     metrics = checkpoint.read_lines(folder / checkpoint.METRICS_FILE)
-    training_curve(curve, metrics, evaluations)
+    rewards = {r.key: r.weight > 0 for r in config.rewards if r.key != accuracy}
+    training_curve(curve, metrics, evaluations, rewards)
     rows = [
         (
             f"{name} on {len(before.prompts)} held-out prompts",

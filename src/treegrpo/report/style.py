@@ -6,6 +6,8 @@ they also read on dark pages.
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +16,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from matplotlib.patches import FancyBboxPatch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -27,10 +30,18 @@ NEUTRAL = "#c5cbd3"
 GOOD = "#0b8f78"
 BAD = "#dd5f33"
 ACCENT = "#3d5a98"
+SERIES = (ACCENT, GOOD, BAD, "#8a5fb5", "#b8860b", MUTED)
+"""Colors of lines that share a panel."""
 
 PAGE_WIDTH = 9.4
 """Inches; at 900 pixels a 10 point letter is then 13 pixels high."""
 DPI = 200
+_OTHER_FONTS = (
+    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC"),
+    *("WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "PingFang SC", "Hiragino Sans GB"),
+    *("Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS", "Noto Sans Devanagari"),
+    *("Noto Sans Thai", "Noto Emoji", "Symbola", "Segoe UI Emoji"),
+)
 LARGEST_IMAGE = 256
 """Pixels of an image's longer side in the file."""
 LARGEST_PAGE = 30_000
@@ -52,7 +63,17 @@ def save(figure: Figure, path: Path) -> None:
     """Write the figure as a PNG, its folder made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     dpi = min(DPI, LARGEST_PAGE / max(figure.get_size_inches()))
-    figure.savefig(path, dpi=dpi, format="png", facecolor=PAPER)
+    with warnings.catch_warnings():
+        # Letters that no installed font has are boxes; the picture is none the worse for it.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        figure.savefig(path, dpi=dpi, format="png", facecolor=PAPER)
+
+
+@cache
+def _fonts() -> list[str]:
+    """matplotlib's own font, and installed ones for the letters that it lacks."""
+    installed = {font.name for font in fontManager.ttflist}
+    return ["DejaVu Sans", *(name for name in _OTHER_FONTS if name in installed)]
 
 
 def write(
@@ -72,6 +93,7 @@ def write(
         *point,
         text,
         fontsize=size,
+        fontfamily=_fonts(),
         color=color,
         weight="bold" if bold else "normal",
         ha=align,
