@@ -27,12 +27,13 @@ the same noises, with the same steps, guidance and size: the largest absolute di
 in [0, 1], in float32. The checkpoints are tiny ones of the real architectures with random weights.
 Where a checkpoint's own solver is of a higher order (Sana, Wan, Stable Diffusion 1.5), the pipeline
 runs its first-order form on the same noise levels, because a rollout is first order. One scheduler
-is followed in its levels only: DDIM with `timestep_spacing: trailing` and a number of steps that does
-not divide 1000 ends each step beside the level at which diffusers then calls the network (4.6e-3 at
-28 steps); here a step ends where the next one begins.
+is followed in its levels only: DDIM with `timestep_spacing: trailing` and a number of steps that
+does not divide 1000 ends each step beside the level at which diffusers then calls the network
+(4.6e-3 at 28 steps); here a step ends where the next one begins.
 
-Prompt embeddings are compared with `encode_prompt`, the calls that model cards show with our images,
-and exports by loading them back with diffusers alone, in the tests (`tests/test_families.py`). `python docs/make_parity_table.py` writes this page.
+Prompt embeddings are compared with `encode_prompt`, the calls that model cards show with our
+images, and exports by loading them back with diffusers alone, in the tests
+(`tests/test_families.py`). `python docs/make_parity_table.py` writes this page.
 
 | family | variation | pipeline | largest difference |
 |---|---|---|---|

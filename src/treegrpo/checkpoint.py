@@ -132,7 +132,7 @@ def prepare_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
 def _located(config: Config) -> Config:
     """With a model's folder by its whole path, which means the same wherever it is read."""
     folder = Path(config.model.path).expanduser()
-    if not folder.is_dir():
+    if config.model.path == "miniature" or not folder.is_dir():
         return config
     model = config.model.model_copy(update={"path": str(folder.resolve())})
     return config.model_copy(update={"model": model})

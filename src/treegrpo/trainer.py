@@ -148,8 +148,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             log.evaluation(0, before)
         else:
             trainer.load()
-            if _is_due(config.evaluation.every, trainer.iteration) and trainer.iteration:
-                # The run may have ended before this was done.
+            missing = trainer.iteration > 0 and not log.has_evaluation(trainer.iteration)
+            # The run may have ended before this was done; one process knows.
+            if any(
+                trainer.anywhere(missing and _is_due(config.evaluation.every, trainer.iteration))
+            ):
                 last, evaluated_at = trainer.evaluate(), trainer.iteration
                 log.evaluation(evaluated_at, last)
         interrupted, late = trainer.anywhere(stop.requested, trainer.seconds >= limit)
@@ -167,7 +170,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
                 interrupted, late = trainer.anywhere(stop.requested, trainer.seconds >= limit)
         finally:
             trainer.save()
-            if isinstance(sys.exception(), RewardError):
+            if isinstance(sys.exception(), RewardError | UserError):
                 # It is raised on all processes; a launcher ends them all when the first has ended.
                 trainer.accelerator.wait_for_everyone()
         if evaluated_at != trainer.iteration:

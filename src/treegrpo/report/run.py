@@ -63,6 +63,11 @@ class RunLog:
         for name, value in means.items():
             self._board.add_scalar(f"held_out/{name}", value, iteration)
 
+    def has_evaluation(self, iteration: int) -> bool:
+        """Whether it is on record; where nothing is written, nothing is missing."""
+        records = checkpoint.read_lines(self._folder / checkpoint.EVALUATIONS_FILE)
+        return self._board is None or any(record["iteration"] == iteration for record in records)
+
     def close(self) -> None:
         if self._board is not None:
             self._board.close()
