@@ -360,6 +360,13 @@ def _card(
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 
+    # A pair's difference is worth a color where it is larger than most.
+    usual = {
+        reward: float((values[TRAINED] - values[BASE]).std(correction=0))
+        for reward, values in comparison.scores.items()
+        if BASE in values
+    }
+    heading = _line("th", ["", *comparison.roles, "difference"]) if usual else ""
     keys = [mean(of[TRAINED]) - (mean(of[BASE]) if BASE in of else 0.0) for of in scores.values()]
     prompt, roles = escape(comparison.prompts[index]), comparison.roles
     pairs = []
@@ -374,9 +381,9 @@ def _card(
             cells = [f"{of[role][number]:.4f}" for role in roles]
             if BASE in of:
                 difference = of[TRAINED][number] - of[BASE][number]
-                cells.append(_colored(f"{difference:+.4f}", difference))
+                cells.append(_colored(f"{difference:+.4f}", difference, usual[reward]))
             lines.append(_line("td", [escape(reward), *cells]))
-        pairs.append(f'<div class="pair">{pictures}</div><table>{"".join(lines)}</table>')
+        pairs.append(f'<div class="pair">{pictures}</div><table>{heading}{"".join(lines)}</table>')
     return (
         f'<article data-index="{index}" data-keys="{json.dumps(keys)}"><h3>{prompt}</h3>'
         f"{''.join(pairs)}</article>"
@@ -422,7 +429,7 @@ td:first-child, th:first-child, .making td {{ text-align: left; vertical-align: 
 select {{ font: inherit; padding: .2rem .4rem; }}
 #prompts {{ display: grid; gap: 1.25rem;
   grid-template-columns: repeat(auto-fill, minmax(min(var(--card), 100%), 1fr)); }}
-.pairs {{ --card: 34rem; }}
+.pairs {{ --card: 28rem; }}
 .single {{ --card: 17rem; }}
 article {{ border: 1px solid {style.RULE}; border-radius: .5rem; padding: 1rem; min-width: 0; }}
 article[hidden] {{ display: none; }}
@@ -430,11 +437,12 @@ article[hidden] {{ display: none; }}
 figure {{ margin: 0; flex: 1; min-width: 0; text-align: center; }}
 figcaption {{ color: {style.MUTED}; font-size: .85rem; }}
 article table {{ width: 100%; font-size: .85rem; margin-bottom: 1rem; }}
-article td {{ padding: .05rem 0 .05rem .75rem; }}
+article td, article th {{ padding: .05rem 0 .05rem .75rem; }}
+article th {{ font-weight: normal; color: {style.MUTED}; }}
 article td:first-child {{ padding-left: 0; overflow-wrap: anywhere; }}
 img {{ width: 100%; max-width: {_THUMBNAIL}px; border-radius: .4rem; display: block;
   margin: auto; }}
-img[src^="data:image/png"] {{ image-rendering: pixelated; }}
+img[src^="data:image/png"] {{ image-rendering: pixelated; max-width: 11rem; }}
 """
 
 _SCRIPT = """

@@ -379,12 +379,13 @@ def _draw_health(axes: Axes, metrics: Sequence[Mapping[str, float]], panel: str)
     axes.margins(y=0.15)
     values = np.concatenate([_series(metrics, key)[1] for key in _keys(panel)])
     if panel == "clip_fraction":
-        axes.set_ylim(0, max(1.15 * values.max(), 0.01))
+        top = max(1.15 * values.max(), 0.01)
+        axes.set_ylim(-0.04 * top, top)  # a line at 0 shows
     if panel == "ratio":
         largest = max(1.15 * np.abs(values - 1).max(), 1e-6)  # a rounding error is no news
         axes.set_ylim(-largest, largest)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-        axes.yaxis.get_offset_text().set(size=8, color=style.MUTED)
+        axes.yaxis.get_offset_text().set(size=8, color=style.MUTED, x=1, ha="right")
     axes.yaxis.set_major_locator(MaxNLocator(3))
 
 
