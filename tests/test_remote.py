@@ -809,6 +809,26 @@ def test_judge_asks_again_where_it_got_no_score() -> None:
     assert len(server.requests) == 3
 
 
+def test_an_image_without_a_score_may_get_a_fallback(caplog: pytest.LogCaptureFixture) -> None:
+    filtered = says({"error": {"message": "the image was filtered"}}, 400)
+    for answers in ([filtered], completion("I cannot judge this.")):
+        with scripted(*answers) as server:
+            assert VLMJudge(server.url, "m", fallback_score=2)(*gray(1), None) == [0.2]
+            with pytest.raises(ServerError):
+                VLMJudge(server.url, "m")(*gray(1), None)
+            # A mistake in the settings must not pass for a filter.
+            with pytest.raises(UserError):
+                VLMJudge(server.url, "m", fallback_score=2).check(["a cat"], None)
+    assert sum("it gets the fallback_score, 2" in record.message for record in caplog.records) == 2
+    with (
+        scripted(says({"error": "no such key"}, 401)) as server,
+        pytest.raises(ServerError, match="HTTP 401"),
+    ):
+        VLMJudge(server.url, "m", fallback_score=2)(*gray(1), None)
+    with pytest.raises(UserError, match=r"option fallback_score: got 11; must be at most scale"):
+        VLMJudge("http://host", "m", fallback_score=11)
+
+
 def test_judge_checks_itself_before_a_run() -> None:
     with scripted(*completion("5")) as server:
         VLMJudge(server.url, "m").check(["a cat"], None)

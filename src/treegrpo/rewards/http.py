@@ -40,7 +40,13 @@ _Result = TypeVar("_Result")
 
 
 class ServerError(RuntimeError):
-    """A server gave no answer for too long, refused, or answered nonsense."""
+    """A server gave no answer for too long, refused, or answered nonsense.
+
+    Attributes:
+        status: of a refusal.
+    """
+
+    status: int | None = None
 
 
 @dataclass(frozen=True)
@@ -193,7 +199,9 @@ class Endpoint:
                 said += " (token_env names the environment variable with a token)"
             if 300 <= status < 400:
                 said += f" (redirected to {received.get('Location')})"
-            raise ServerError(said)
+            refusal = ServerError(said)
+            refusal.status = status
+            raise refusal
         if not isinstance(answer, dict):
             raise ServerError(f"{what} answered no JSON object: {self._shown(text or '(nothing)')}")
         return answer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,13 @@ _BARE = re.compile(rf"[\s\"'*_`]*{_NUMBER}{_OUT_OF}[\s\"'*_`.]*")
 _RANGE = re.compile(r"\d+(?:\.\d+)?\s*(?:-|\u2013|\u2014|~|to\b|or\b|and\b)\s*\d+(?:\.\d+)?")
 
 
+_log = logging.getLogger(__name__)
+
+
+class NoScore(ServerError):
+    """The judge's answers hold no score."""
+
+
 class VLMJudge:
     """Asks a vision-language model to score each image; the score is divided by `scale`.
 
@@ -56,6 +64,9 @@ class VLMJudge:
         token_header: the header that takes the key, after "Bearer" if it is Authorization (Azure's
             is "api-key").
         scale: the rubric's highest score; the lowest is 0.
+        fallback_score: what an image gets, from 0 to `scale`, for which there is no score: the
+            judge gives none, or the API refuses the image (HTTP 400, as content filters do). None:
+            the run stops.
         temperature: of the answer; None leaves it to the API.
         max_tokens: longest answer; None leaves it to the API.
         extra_body: more fields of the request, or others for those that it has.
@@ -78,6 +89,7 @@ class VLMJudge:
         token_env: str | None = None,
         token_header: str = "Authorization",
         scale: float = 10.0,
+        fallback_score: float | None = None,
         temperature: float | None = 0.0,
         max_tokens: int | None = 256,
         extra_body: dict[str, Any] | None = None,
@@ -86,6 +98,12 @@ class VLMJudge:
         concurrency: int = 8,
     ) -> None:
         check_number("scale", scale, above=0)
+        if fallback_score is not None:
+            check_number("fallback_score", fallback_score, minimum=0)
+            if fallback_score > scale:
+                raise UserError(
+                    f"option fallback_score: got {fallback_score}; must be at most scale ({scale})"
+                )
         if not isinstance(model, str) or not model:
             raise UserError(f"option model: got {model!r}; must be the name of a model")
         if temperature is not None:
@@ -100,7 +118,7 @@ class VLMJudge:
             json.dumps(extra_body, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise UserError(f"option extra_body: cannot be sent as JSON ({error})") from error
-        self._scale = scale
+        self._scale, self._fallback_score = scale, fallback_score
         self._rubric = rubric.replace("{scale}", f"{scale:g}")
         self._reminder = REMINDER.replace("{scale}", f"{scale:g}")
         settings = {"model": model, "temperature": temperature, "max_tokens": max_tokens}
@@ -126,7 +144,7 @@ class VLMJudge:
             ServerError: no answer for too long, a refusal, or an answer without a score.
         """
         pairs = zip(to_pixels(images), prompts, strict=True)
-        return self._endpoint.map(lambda pair: self._judge(*pair), pairs)
+        return self._endpoint.map(lambda pair: self._judge_or_fall_back(*pair), pairs)
 
     def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
         """Judge one gray picture: a wrong address, key or model shows before any sampling.
@@ -145,6 +163,16 @@ class VLMJudge:
     def close(self) -> None:
         """Stop waiting for the judge: calls under way fail, and so do later ones."""
         self._endpoint.close()
+
+    def _judge_or_fall_back(self, pixels: NDArray[np.uint8], prompt: str) -> float:
+        try:
+            return self._judge(pixels, prompt)
+        except ServerError as error:
+            is_of_this_image = isinstance(error, NoScore) or error.status == 400
+            if self._fallback_score is None or not is_of_this_image:
+                raise
+            _log.warning("%s; it gets the fallback_score, %g", error, self._fallback_score)
+            return self._fallback_score / self._scale
 
     def _judge(self, pixels: NDArray[np.uint8], prompt: str) -> float:
         picture = {"url": f"data:image/png;base64,{to_png(pixels)}"}
@@ -166,7 +194,7 @@ class VLMJudge:
                 messages.append({"role": "assistant", "content": text})
             messages.append({"role": "user", "content": self._reminder})
         cut = " (cut off: raise max_tokens)" if reason == "length" else ""
-        raise ServerError(
+        raise NoScore(
             f"judge {self._endpoint.url} gave no score from 0 to {self._scale:g} for the prompt "
             f"{prompt!r} in {1 + REMINDERS} answers; the last one{cut}: {text[:600]!r}"
         )
