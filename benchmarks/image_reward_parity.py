@@ -1,6 +1,6 @@
 """The built-in ImageReward against the original package: same weights, pictures and prompts.
 
-    python benchmarks/image_reward_parity.py --original-python PYTHON [--path FOLDER] [--tiny]
+    python benchmarks/image_reward_parity.py [--originals PYTHON] [--path FOLDER] [--quick]
 
 The original does not import with transformers 5, so it runs in an environment of its own:
 
@@ -11,7 +11,7 @@ The original does not import with transformers 5, so it runs in an environment o
 
 and PYTHON is then original/bin/python. FOLDER may hold the published ImageReward.pt and
 bert-base-uncased's vocab.txt; what it lacks is made up: random weights, saved by the original's own
-classes in full size, and a vocabulary of the prompts' letters and words. `--tiny` compares two
+classes in full size, and a vocabulary of the prompts' letters and words. `--quick` compares two
 narrow layers instead and prints the scores that tests/test_image_reward.py holds. The last line is
 one JSON object.
 """
@@ -245,25 +245,28 @@ def score_here(folder: Path, dtype: str, tiny: bool) -> tuple[Any, list[float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--original-python", metavar="PYTHON", help="that has image-reward 1.5")
+    parser.add_argument("--originals", metavar="PYTHON", help="interpreter with image-reward 1.5")
     parser.add_argument("--path", type=Path, metavar="FOLDER", help="ImageReward.pt and vocab.txt")
-    parser.add_argument("--tiny", action="store_true", help="two narrow layers, random weights")
+    parser.add_argument("--quick", action="store_true", help="two narrow layers, random weights")
     parser.add_argument("--as-original", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.as_original:
         run_original(options.as_original)
         return
-    if not options.original_python:
-        parser.error(f"--original-python is needed\n{__doc__}")
-    if options.tiny and options.path:
-        parser.error("--tiny draws its own weights; leave out --path")
+    if options.quick and options.path:
+        parser.error("--quick draws its own weights; leave out --path")
+    if not options.originals:
+        missing = "an environment with the original, --originals"
+        print(f"image_reward: not compared, missing: {missing}")
+        print(json.dumps({"missing": missing}))
+        return
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, options.path, options.tiny)
+        prepare(folder, options.path, options.quick)
         subprocess.run(
             [
-                os.path.abspath(options.original_python),
+                os.path.abspath(options.originals),
                 os.path.abspath(__file__),
                 "--as-original",
                 folder,
@@ -273,7 +276,7 @@ def main() -> None:
             env=os.environ | {"HF_HUB_OFFLINE": "1"},
             stdout=sys.stderr,
         )
-        compare(folder, options.tiny)
+        compare(folder, options.quick)
 
 
 def compare(folder: Path, tiny: bool) -> None:

@@ -24,3 +24,9 @@ def test_the_forward_counts_of_the_guide() -> None:
     )
     assert tests >= 7
     assert failures == 0
+
+
+def test_every_benchmark_has_the_quick_form_of_the_readme() -> None:
+    assert "make bench ARGS=--quick" in (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert '"--quick"' in path.read_text(encoding="utf-8"), path.name

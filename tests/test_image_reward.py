@@ -16,7 +16,7 @@ from treegrpo.rewards import image_reward
 from treegrpo.rewards.image_reward import ImageReward, preprocess
 
 # Scores of image-reward 1.5 (transformers 4.36.2, torch 2.13 and 2.15), as printed by
-# `python benchmarks/image_reward_parity.py --tiny --original-python ...`.
+# `python benchmarks/image_reward_parity.py --quick --originals ...`.
 RECORDED = [
     -0.872523, 0.151037, -0.271031, 0.119033, 0.086701, -1.350888, -1.090517, -0.820459, -0.273971,
     -0.735458, -0.522467, -0.73748, 0.159434, -0.794636, -0.942835, -1.712783, -0.881025, -0.638828,
