@@ -21,6 +21,7 @@ from treegrpo.models.folder import (
     LORA_FILE,
     SAMPLING_FILE,
     check_folder,
+    check_trainable,
     read_json,
 )
 from treegrpo.plan import PlanError
@@ -130,6 +131,7 @@ def plan(
     config = _load_config(arguments or [])
     limit = None if memory is None else parse_memory(memory)
     _check_model(config.model.path, "model.path", weights=False)
+    check_trainable(config.model.path)
     if json_file is not None:
         _check_output(json_file, "--json")
 
@@ -386,6 +388,7 @@ def _check_train(config: Config, *, resume: bool, overwrite: bool) -> None:
     for index, reward in enumerate(config.rewards):
         _check_reward(reward.name, f"rewards.{index}.name", reward.options)
     _check_model(config.model.path, "model.path")
+    check_trainable(config.model.path)
     # Of several processes only the first looks: the others may start after it has begun to write.
     if os.environ.get("RANK", "0") == "0":
         checkpoint.check_folder(config, resume=resume, overwrite=overwrite)

@@ -39,7 +39,7 @@ from treegrpo.device import usable_device
 from treegrpo.errors import UserError
 from treegrpo.evaluate import Evaluation, check_prompts, evaluate
 from treegrpo.models.embeddings import cache_folder
-from treegrpo.models.folder import LORA_FILE, ModelError, resolve
+from treegrpo.models.folder import check_trainable
 from treegrpo.models.policy import (
     Policy,
     check_attention_backend,
@@ -257,11 +257,7 @@ class Trainer:
                 f"be a multiple of {ranks} processes x {config.train.updates_per_iteration} "
                 "updates per iteration"
             )
-        if (Path(resolve(config.model.path)) / LORA_FILE).is_file():
-            raise ModelError(
-                f"model.path: {config.model.path} holds LoRA weights, which can be sampled and "
-                "evaluated; to train them on, continue their run with --resume"
-            )
+        check_trainable(config.model.path)
         if config.model.attention_backend is not None:
             check_attention_backend(config.model.attention_backend)
         cache = config.model.embedding_cache

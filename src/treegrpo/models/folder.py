@@ -74,6 +74,19 @@ def check_folder(folder: Path, field: str = "model.path", *, weights: bool = Tru
             _check_tokenizer(folder / name, field)
 
 
+def check_trainable(path: str) -> None:
+    """Refuse LoRA weights as a model to train.
+
+    Raises:
+        ModelError: the folder holds them.
+    """
+    if (Path(resolve(path)) / LORA_FILE).is_file():
+        raise ModelError(
+            f"model.path: {path} holds LoRA weights, which can be sampled and evaluated; to train "
+            "them on, continue their run with --resume"
+        )
+
+
 def check_family(path: str, index: dict[str, Any], field: str = "model.path") -> str:
     """The pipeline class of a checkpoint's index.
 
