@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_checkpoints
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_checkpoints import Case
 
 from treegrpo import cli
@@ -226,3 +228,25 @@ def test_a_size_that_does_not_fit_is_refused(case: Case, checkpoints: Checkpoint
     size = policy.sampling.size[0] + 1
     with pytest.raises(ModelError, match=rf"model\.height: got {size}; .* multiple of {multiple}"):
         load(checkpoints[case.name], height=size)
+
+
+def test_weights_under_other_published_names_are_read(
+    checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """Older files name CLIP's and T5's tensors otherwise; none of them is missing for that."""
+    original = checkpoints["Stable Diffusion 3.5"]
+    folder = Path(shutil.copytree(original, tmp_path / "older"))
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        (file,) = (folder / part).glob("*.safetensors")
+        tensors = load_file(file)
+        if "shared.weight" in tensors:
+            tensors["encoder.embed_tokens.weight"] = tensors.pop("shared.weight")
+        else:
+            plain = {name.removeprefix("text_model."): value for name, value in tensors.items()}
+            projection = {"text_projection.weight": plain.pop("text_projection.weight")}
+            tensors = {f"text_model.{name}": value for name, value in plain.items()} | projection
+            tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+        save_file(tensors, file, {"format": "pt"})
+    expected, conditioning = (load(path).encode(PROMPTS) for path in (original, folder))
+    for name, values in expected.items():
+        assert torch.equal(conditioning[name], values), name

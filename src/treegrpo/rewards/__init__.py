@@ -154,20 +154,14 @@ def _check_options(name: str, target: Any, options: dict[str, Any]) -> None:
         if options:
             raise UserError(f"reward {name!r}: got options {sorted(options)}; it takes none")
         return
-    parameters = dict(inspect.signature(target).parameters)
-    kinds = {parameter.kind for parameter in parameters.values()}
-    for some, kind in list(parameters.items()):
-        if kind.kind in (kind.VAR_POSITIONAL, kind.VAR_KEYWORD):
-            del parameters[some]  # any number of them, also none
-    takes_any = inspect.Parameter.VAR_KEYWORD in kinds
+    declared = inspect.signature(target).parameters.values()
+    parameters = {p.name: p for p in declared if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in declared)
     for option in options:
         if option not in parameters and not takes_any:
             near = difflib.get_close_matches(option, parameters, n=1)
-            advice = (
-                f"did you mean {near[0]!r}?"
-                if near
-                else f"it takes {', '.join(parameters) or 'none'}"
-            )
+            listed = ", ".join(parameters) or "none"
+            advice = f"did you mean {near[0]!r}?" if near else f"it takes {listed}"
             raise UserError(f"reward {name!r}: unknown option {option!r}; {advice}")
     for parameter in parameters.values():
         if parameter.default is inspect.Parameter.empty and parameter.name not in options:
