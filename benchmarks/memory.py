@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -67,14 +68,14 @@ MINIATURE: dict[str, dict[str, Any]] = {
 
 
 def configuration(changes: dict[str, Any], prompts: Path) -> Config:
-    settings = {**SMALL, "prompts.train": prompts, "prompts.held_out": prompts, **changes}
+    """With an empty cache of embeddings, beside the prompts."""
+    own = {
+        "prompts.train": prompts,
+        "prompts.held_out": prompts,
+        "model.embedding_cache": tempfile.mkdtemp(dir=prompts.parent),
+    }
+    settings = {**SMALL, **own, **changes}
     return load_config(None, [f"{key}={value}" for key, value in settings.items()])
-
-
-def changed(config: Config, key: str, value: Any) -> Config:
-    section, name = key.split(".")
-    part = getattr(config, section).model_copy(update={name: value})
-    return config.model_copy(update={section: part})
 
 
 def within(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -87,23 +88,12 @@ def within(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def measure(config: Config) -> dict[str, int]:
     """Bytes at the peak of each phase: before the first iteration, and of the second."""
-    with tempfile.TemporaryDirectory() as cache:
-        config = changed(config, "model.embedding_cache", cache)
-        prepare = Policy.prepare
-        try:
-            Policy.prepare = within("encode", prepare)  # type: ignore[method-assign]
-            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-                trainer = Trainer(config)
-        finally:
-            Policy.prepare = prepare  # type: ignore[method-assign]
-        return {
-            "encode": peak_by_range(profiler, {"encode"})["encode"],
-            **measure_iteration(trainer),
-        }
-
-
-def measure_iteration(trainer: Trainer) -> dict[str, int]:
-    config = trainer.config
+    with (
+        patch.object(Policy, "prepare", within("encode", Policy.prepare)),
+        profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
+    ):
+        trainer = Trainer(config)
+    encode = peak_by_range(profiler, {"encode"})  # before anything that stays
     trainer.iterate()  # from now on the optimizer has moments
     trainer.evaluate = within("evaluation", trainer.evaluate)  # type: ignore[method-assign]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -121,7 +111,7 @@ def measure_iteration(trainer: Trainer) -> dict[str, int]:
     peaks = evaluation | peak_by_range(profiler, names)
     if config.objective.kl_weight == 0:
         del peaks["reference"]
-    return {name: peak + constant_bytes(trainer) for name, peak in peaks.items()}
+    return encode | {name: peak + constant_bytes(trainer) for name, peak in peaks.items()}
 
 
 def peak_by_range(profiler: Any, names: set[str]) -> dict[str, int]:
@@ -235,8 +225,8 @@ def main() -> None:
     print(f"{'MiB':<42}{'phase':<11}{'predicted':>10}{'measured':>10}{'ratio':>8}", end="")
     print(f"{'beside weights':>16}")
     with tempfile.TemporaryDirectory() as temporary:
-        # As many as an iteration takes, so that no new one's embeddings are kept meanwhile; as
-        # long as any model takes, which the prediction assumes.
+        # As many as an iteration takes, so that no new one's embeddings are kept meanwhile; and
+        # about as long as the prediction assumes, also where they are not padded (Qwen-Image).
         prompts = Path(temporary) / "prompts.txt"
         prompts.write_text("".join(f"{number}{' circles' * 5}\n" for number in range(PROMPTS)))
         for name, changes in miniatures:

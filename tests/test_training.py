@@ -426,9 +426,10 @@ def test_what_cannot_be_resumed_is_refused_before_any_work(
     prompts.write_text("a red circle\na green circle\n")
     with pytest.raises(PromptError, match="was made with other prompts than these 2"):
         Trainer(config, resume=True)
-    (config.output / "checkpoint.pt").write_bytes(state[:1000])
-    with pytest.raises(RunError, match=r"checkpoint\.pt is damaged and cannot be resumed from"):
-        Trainer(config, resume=True)
+    for damaged in (state[:1000], b""):
+        (config.output / "checkpoint.pt").write_bytes(damaged)
+        with pytest.raises(RunError, match=r"checkpoint\.pt is damaged and cannot be resumed from"):
+            Trainer(config, resume=True)
     # A line that a crash cut short is no record.
     with (config.output / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 7, "rew')

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from treegrpo.config import Config, load_config, to_yaml
-from treegrpo.errors import UserError
+from treegrpo.errors import UserError, reason
 
 STATE_FILE = "checkpoint.pt"
 CONFIG_FILE = "config.yaml"
@@ -236,8 +236,7 @@ def load_state(folder: Path) -> dict[str, Any]:
         )
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise RunError(
-            f"output: {folder / STATE_FILE} is damaged and cannot be resumed from "
-            f"({str(error).splitlines()[0]})"
+            f"output: {folder / STATE_FILE} is damaged and cannot be resumed from ({reason(error)})"
         ) from error
     return state
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from treegrpo.errors import UserError
+from treegrpo.errors import UserError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -49,10 +49,9 @@ def usable_device(name: str, field: str) -> torch.device:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(
-            f"{field}: got {name!r}, which cannot be used here ({reason}); must be 'auto', 'cpu' "
-            "or a device of this machine, such as 'cuda:0'"
+            f"{field}: got {name!r}, which cannot be used here ({reason(error)}); must be 'auto', "
+            "'cpu' or a device of this machine, such as 'cuda:0'"
         ) from error
     if device.type == "meta":
         raise UserError(f"{field}: got {name!r}, which computes nothing; must be a real device")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -308,7 +308,7 @@ def evaluate_command(
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from treegrpo.checkpoint import FAILED_REWARD_FOLDER, write_atomically
+    from treegrpo.checkpoint import FAILED_REWARD_FOLDER
     from treegrpo.console import plain_console
     from treegrpo.report import comparison as report
 
@@ -340,12 +340,11 @@ def evaluate_command(
     console = plain_console()
     columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     failures = 0
-    written = time.monotonic()
     for role in comparison.roles:
         console.print(f"sampling {base if role == report.BASE else model}")
         with (
             closing(loaded),
-            _written(json_file, comparison),
+            _writing(json_file, comparison) as write_now_and_then,
             Progress(*columns, console=console, disable=not console.is_terminal) as progress,
         ):
             task = progress.add_task(role, total=len(prompts) * seeds * images_per_prompt)
@@ -353,9 +352,7 @@ def evaluate_command(
             for indices, noises, images in _score_in_parts(
                 comparison, role, policies.pop(0), prompts, loaded, keep_folder
             ):
-                if json_file is not None and time.monotonic() - written > _SECONDS_PER_WRITE:
-                    write_atomically(json_file, report.to_json(comparison))
-                    written = time.monotonic()
+                write_now_and_then()
                 if comparison.failures.keys() == rewards.keys():
                     raise RewardError("; ".join(comparison.failures.values()))
                 for message in list(comparison.failures.values())[failures:]:
@@ -382,16 +379,24 @@ def evaluate_command(
 
 
 @contextmanager
-def _written(json_file: Path | None, comparison: Comparison) -> Iterator[None]:
-    """Leaves everything that was scored in the file, whatever ends the work."""
+def _writing(json_file: Path | None, comparison: Comparison) -> Iterator[Callable[[], None]]:
+    """Yields what writes the file, if it was not written lately; whatever ends the work, all that
+    was scored is left in it."""
     from treegrpo.checkpoint import write_atomically
     from treegrpo.report.comparison import to_json
 
-    try:
-        yield
-    finally:
-        if json_file is not None:
+    written = time.monotonic()
+
+    def write(pause: float = _SECONDS_PER_WRITE) -> None:
+        nonlocal written
+        if json_file is not None and time.monotonic() - written >= pause:
             write_atomically(json_file, to_json(comparison))
+            written = time.monotonic()
+
+    try:
+        yield write
+    finally:
+        write(pause=0)
 
 
 def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:

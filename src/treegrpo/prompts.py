@@ -290,13 +290,13 @@ def _json_lines_rows(text: str, source: str) -> Iterator[_Row]:
         yield place, row
 
 
-def _columns(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+def _columns(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """The keys of a JSON object, each of which must be given once."""
-    row: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in row:
-            raise ValueError(f"the key {key!r} is given twice")
-        row[key] = value
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is given twice")
     return row
 
 

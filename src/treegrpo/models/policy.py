@@ -24,6 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from treegrpo.errors import reason
 from treegrpo.models.embeddings import EmbeddingStore, model_key
 from treegrpo.models.folder import (
     FAMILIES,
@@ -760,10 +761,9 @@ def _local_folder(source: str, weights: bool) -> Path:
     except ModelError:
         raise
     except Exception as error:  # the hub's client, its transports and the disk have many
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise ModelError(
             f"model.path: {source!r} is no local folder and cannot be downloaded from the hub "
-            f"({reason}); fetch it where there is a connection with `hf download {source} "
+            f"({reason(error)}); fetch it where there is a connection with `hf download {source} "
             "--local-dir FOLDER` (after `hf auth login` where the model asks for consent) and name "
             "that folder"
         ) from error

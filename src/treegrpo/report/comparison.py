@@ -270,9 +270,8 @@ def write_page(path: Path, comparison: Comparison, pictures: Pictures) -> None:
     """
     title = f"{comparison.model} against {comparison.base}" if comparison.base else comparison.model
     rewards = list(comparison.figures())
-    cards = "\n".join(
-        _card(comparison, rewards, index, images) for index, images in pictures.items()
-    )
+    usual = {reward: _usual_difference(comparison.scores[reward]) for reward in rewards}
+    cards = "\n".join(_card(comparison, usual, index, images) for index, images in pictures.items())
     page = f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -295,6 +294,11 @@ def write_page(path: Path, comparison: Comparison, pictures: Pictures) -> None:
 </html>
 """
     write_atomically(path, page)
+
+
+def _usual_difference(scores: Mapping[str, Tensor]) -> float:
+    """The standard deviation of the pairs' differences; 0 without a base."""
+    return float((scores[TRAINED] - scores[BASE]).std(correction=0)) if BASE in scores else 0.0
 
 
 def _summary(comparison: Comparison) -> str:
@@ -350,23 +354,22 @@ def _controls(comparison: Comparison, rewards: Sequence[str], shown: int) -> str
 
 
 def _card(
-    comparison: Comparison, rewards: Sequence[str], index: int, images: Mapping[str, list[str]]
+    comparison: Comparison, usual: Mapping[str, float], index: int, images: Mapping[str, list[str]]
 ) -> str:
+    """A prompt's images and scores.
+
+    Args:
+        usual: reward to the size of a pair's difference beyond which it is worth a color.
+    """
     scores = {
         reward: {role: values[index].tolist() for role, values in comparison.scores[reward].items()}
-        for reward in rewards
+        for reward in usual
     }
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
 
-    # A pair's difference is worth a color where it is larger than most.
-    usual = {
-        reward: float((values[TRAINED] - values[BASE]).std(correction=0))
-        for reward, values in comparison.scores.items()
-        if BASE in values
-    }
-    heading = _line("th", ["", *comparison.roles, "difference"]) if usual else ""
+    heading = _line("th", ["", *comparison.roles, "difference"]) if comparison.base else ""
     keys = [mean(of[TRAINED]) - (mean(of[BASE]) if BASE in of else 0.0) for of in scores.values()]
     prompt, roles = escape(comparison.prompts[index]), comparison.roles
     pairs = []

@@ -65,8 +65,10 @@ class RunLog:
 
     def has_evaluation(self, iteration: int) -> bool:
         """Whether it is on record; where nothing is written, nothing is missing."""
+        if self._board is None:
+            return True
         records = checkpoint.read_lines(self._folder / checkpoint.EVALUATIONS_FILE)
-        return self._board is None or any(record["iteration"] == iteration for record in records)
+        return any(record["iteration"] == iteration for record in records)
 
     def close(self) -> None:
         if self._board is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treegrpo.errors import UserError
+from treegrpo.errors import UserError, reason
 
 if TYPE_CHECKING:
     import torch
@@ -48,11 +48,6 @@ class Placement:
         import torch
 
         return pictures.device if self.device == "auto" else torch.device(self.device)
-
-
-def reason(error: Exception) -> str:
-    """An error's class and first line."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def find_checkpoint(

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treegrpo.errors import UserError
-from treegrpo.rewards.checkpoints import Placement, find_checkpoint, reason
+from treegrpo.errors import UserError, reason
+from treegrpo.rewards.checkpoints import Placement, find_checkpoint
 
 if TYPE_CHECKING:
     import torch
