@@ -16,6 +16,7 @@ from scipy.ndimage import gaussian_filter
 from torch.nn import functional
 
 from treegrpo.errors import UserError
+from treegrpo.images import as_pictures
 from treegrpo.miniature.scenes import (
     BACKGROUND,
     COLORS,
@@ -31,7 +32,6 @@ from treegrpo.miniature.scenes import (
 from treegrpo.rewards import (
     BUILT_IN,
     RewardError,
-    as_pictures,
     check_reward,
     load_reward,
     score,

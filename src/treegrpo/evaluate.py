@@ -15,14 +15,16 @@ from torch import Tensor
 
 from treegrpo.device import default_device
 from treegrpo.errors import UserError
+from treegrpo.images import as_pictures, middle_frames
 from treegrpo.models.embeddings import cache_folder
 from treegrpo.models.folder import ModelError
 from treegrpo.models.policy import Policy, load_weights, open_policy
 from treegrpo.plan import RolloutPlan
 from treegrpo.prompts import Prompt
-from treegrpo.rewards import Reward, RewardError, as_pictures, closing, load_reward, score
+from treegrpo.rewards import Reward, RewardError, closing, load_reward, score
 from treegrpo.rollout import rollout
 from treegrpo.transition import transitions
+from treegrpo.versions import versions
 
 if TYPE_CHECKING:
     from treegrpo.report.comparison import Comparison, Pictures
@@ -229,11 +231,6 @@ def evaluate(
     )
 
 
-def middle_frames(images: Tensor) -> Tensor:
-    """Images as they are; of videos [..., frames, 3, height, width] the middle frame."""
-    return images[:, :, images.shape[2] // 2] if images.dim() == 6 else images
-
-
 def _decode_batch(policy: Policy) -> int:
     height, width = policy.sampling.size
     return max(1, _DECODED_PIXELS // (height * width * (policy.sampling.frames or 1)))
@@ -329,7 +326,7 @@ def evaluate_command(
             **_sampling(policies[-1]),
             "dtype": dtype,
             "reward_options": {name: dict(of) for name, of in rewards.items() if of},
-            "versions": report.versions(),
+            "versions": versions(),
         },
     )
     shown = [] if page is None else report.pictured(len(prompts))

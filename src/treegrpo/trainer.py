@@ -38,6 +38,7 @@ from treegrpo.console import Display, stop_signal
 from treegrpo.device import usable_device
 from treegrpo.errors import UserError
 from treegrpo.evaluate import Evaluation, check_prompts, evaluate
+from treegrpo.images import as_pictures, evenly_spaced
 from treegrpo.models.embeddings import cache_folder
 from treegrpo.models.folder import check_trainable
 from treegrpo.models.policy import (
@@ -51,7 +52,7 @@ from treegrpo.plan import RolloutPlan, WindowSchedule
 from treegrpo.prompts import Prompt, PromptSampler, load_train_and_held_out, overlap
 from treegrpo.report.model_card import write_model_card
 from treegrpo.report.run import RunLog, TrainingResult, describe, write_report, write_versions
-from treegrpo.rewards import Reward, RewardError, as_pictures, closing, load_reward, score
+from treegrpo.rewards import Reward, RewardError, closing, load_reward, score
 from treegrpo.rollout import Predict, Rollout, join, rollout
 from treegrpo.transition import transitions
 
@@ -237,8 +238,7 @@ class Trainer:
         self.held_out = self.held_out[: config.evaluation.max_prompts]
         check_prompts(self.rewards, [*train_prompts, *self.held_out])
         # Spread over the list, whose neighbors are often alike.
-        count = min(PICTURED_PROMPTS, len(self.held_out))
-        self.pictured = [(2 * i + 1) * len(self.held_out) // (2 * count) for i in range(count)]
+        self.pictured = evenly_spaced(len(self.held_out), PICTURED_PROMPTS)
         self.sampler = PromptSampler(train_prompts, config.train.seed)
 
         # Some networks have layers that get no gradient, such as the last block's text layers.

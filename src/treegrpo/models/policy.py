@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from treegrpo.errors import reason
+from treegrpo.images import evenly_spaced
 from treegrpo.models.embeddings import EmbeddingStore, model_key
 from treegrpo.models.folder import (
     FAMILIES,
@@ -40,7 +41,6 @@ from treegrpo.models.folder import (
     resolve,
 )
 from treegrpo.plan import PlanError
-from treegrpo.rewards import evenly_spaced
 from treegrpo.rollout import Predict
 from treegrpo.transition import Schedule, flow_schedule
 

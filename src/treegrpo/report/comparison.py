@@ -9,11 +9,9 @@ from __future__ import annotations
 import base64
 import io
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 from treegrpo.checkpoint import write_atomically
+from treegrpo.images import evenly_spaced, to_uint8
 from treegrpo.report import style
 
 BASE, TRAINED = "base", "trained"
@@ -151,11 +150,6 @@ class Comparison:
         }
 
 
-def versions() -> dict[str, str]:
-    packages = ("treegrpo", "torch", "diffusers", "transformers", "peft")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
-
-
 # --- table and JSON ---
 
 
@@ -248,13 +242,12 @@ Pictures = dict[int, dict[str, list[str]]]
 
 def pictured(prompts: int) -> list[int]:
     """Indices of the prompts that a page shows: all, or evenly spread over the list."""
-    count = min(PICTURED_PROMPTS, prompts)
-    return [(2 * number + 1) * prompts // (2 * count) for number in range(count)]
+    return evenly_spaced(prompts, PICTURED_PROMPTS)
 
 
 def thumbnail(image: Tensor) -> str:
     """float [3, H, W] in [0, 1] as a data URI."""
-    pixels = (image.detach().float() * 255).round().clamp(0, 255).byte().permute(1, 2, 0)
+    pixels = to_uint8(image).permute(1, 2, 0)
     picture, file = Image.fromarray(pixels.cpu().numpy()), io.BytesIO()
     kind = "png" if max(picture.size) <= _PIXELATED else "jpeg"
     picture.thumbnail((_THUMBNAIL, _THUMBNAIL), Image.Resampling.LANCZOS)

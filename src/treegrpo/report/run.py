@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 from torch import Tensor
@@ -16,6 +14,7 @@ from treegrpo.config import Config
 from treegrpo.console import Display
 from treegrpo.evaluate import Evaluation
 from treegrpo.report.pictures import before_after, training_curve
+from treegrpo.versions import versions
 
 
 @dataclass(frozen=True)
@@ -76,9 +75,7 @@ class RunLog:
 
 
 def write_versions(folder: Path) -> None:
-    packages = ("treegrpo", "torch", "diffusers", "transformers", "accelerate", "peft")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    text = json.dumps(versions, indent=2) + "\n"
+    text = json.dumps(versions(), indent=2) + "\n"
     checkpoint.write_atomically(folder / checkpoint.VERSIONS_FILE, text)
 
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from treegrpo.errors import UserError
+from treegrpo.images import evenly_spaced, to_uint8
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -180,14 +181,6 @@ def closing(rewards: Mapping[str, Reward]) -> Iterator[None]:
         raise
 
 
-def as_pictures(images: Tensor) -> Tensor:
-    """Images in [0, 1], rounded to the 256 levels that a picture file has: float32, same shape.
-
-    A reward then says the same of them here, on a server and on a file.
-    """
-    return (images.float() * 255).round().clamp(0, 255) / images.new_tensor(255.0).float()
-
-
 def score(
     name: str,
     reward: Reward,
@@ -280,12 +273,6 @@ def _as_tensor(answer: Any) -> Tensor:
     return scores.detach().clone()
 
 
-def evenly_spaced(available: int, count: int) -> list[int]:
-    """Indices of so many frames (all, where there are fewer), from the middles of equal parts."""
-    count = min(count, available)
-    return [(2 * number + 1) * available // (2 * count) for number in range(count)]
-
-
 def _shortened(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -295,7 +282,7 @@ def _keep(name: str, images: Tensor, prompts: list[str], folder: Path) -> str:
     """Save a failed batch and say where; a full disk must not hide the reward's own failure."""
     import numpy as np
 
-    pixels = (images.detach().float().nan_to_num() * 255).round().clamp(0, 255).byte()
+    pixels = to_uint8(images)
     stem = re.sub(r"[^\w.-]", "_", name)
     try:
         folder.mkdir(parents=True, exist_ok=True)

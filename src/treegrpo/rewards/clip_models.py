@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError, reason
+from treegrpo.images import to_uint8
 from treegrpo.rewards.checkpoints import Placement, find_checkpoint
 
 if TYPE_CHECKING:
@@ -223,7 +224,7 @@ class Clip:
         embeddings = []
         with torch.no_grad():
             for batch in torch.split(images, self.placement.batch_size):
-                pictures = (batch.float() * 255).round().clamp(0, 255).to(torch.uint8)
+                pictures = to_uint8(batch)
                 pixels = self.preprocess(pictures).to(device, self.model.dtype)
                 pooled = self.model.vision_model(pixel_values=pixels).pooler_output
                 embeddings.append(self.model.visual_projection(pooled).float())

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 from treegrpo.errors import UserError
+from treegrpo.images import to_uint8
 from treegrpo.rewards.checkpoints import Placement
 from treegrpo.rewards.clip_models import find_clip, load_clip, load_model, load_tokenizer
 
@@ -372,7 +373,6 @@ class GenEval:
             UserError: as `check`.
             ValueError: the images' shape does not fit.
         """
-        import torch
 
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have the shape [N, 3, H, W], got {list(images.shape)}")
@@ -381,8 +381,7 @@ class GenEval:
         scores: list[float] = []
         for start in range(0, len(images), self.placement.batch_size):
             batch = slice(start, start + self.placement.batch_size)
-            pixels = images[batch].detach().float() * 255
-            pictures = pixels.round().clamp(0, 255).to(device, torch.uint8)
+            pictures = to_uint8(images[batch]).to(device)
             found = self.detect(pictures)
             self._color(pictures, asked[batch], found)
             for required, objects in zip(asked[batch], found, strict=True):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError
+from treegrpo.images import to_uint8
 from treegrpo.rewards.checkpoints import Placement, find_checkpoint, read_weights
 
 if TYPE_CHECKING:
@@ -175,7 +176,7 @@ def preprocess(images: Tensor) -> Tensor:
     """
     import torch
 
-    pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+    pixels = to_uint8(images)
     cropped = [_resize_and_crop(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
     batch = torch.stack([torch.from_numpy(picture) for picture in cropped]).permute(0, 3, 1, 2)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (PIXEL_MEAN, PIXEL_STD))

@@ -9,6 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from treegrpo.images import to_uint8
+
 QUALITY = 95
 
 
@@ -29,7 +31,7 @@ def jpeg_incompressibility(
     images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
 ) -> Tensor:
     """The size of each picture's JPEG file at quality 95, in kB; see `jpeg_compressibility`."""
-    pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+    pixels = to_uint8(images)
     sizes = []
     for picture in pixels.permute(0, 2, 3, 1).cpu().numpy():
         file = BytesIO()

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError
+from treegrpo.images import to_uint8
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,7 +131,7 @@ class OCR:
         """
         entries = metadata or [{}] * len(prompts)
         targets = [_target(*pair) for pair in zip(prompts, entries, strict=True)]
-        pixels = (images.detach().float() * 255).round().clamp(0, 255).byte()
+        pixels = to_uint8(images)
         # OpenCV, and with it the reader, has blue first.
         pictures = pixels.flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         with ThreadPoolExecutor(self.threads) as pool:
