@@ -156,12 +156,13 @@ def backup(
 
 
 def depth_normalized(
-    leaf_values: Tensor, plan: RolloutPlan, *, eps: float = 1e-8
+    leaf_values: Tensor, plan: RolloutPlan, *, ddof: int = 0, eps: float = 1e-6
 ) -> EdgeAdvantages:
     """BranchGRPO (arXiv 2509.06040): the mean over a node's leaves, normalised within its depth.
 
     Args:
         leaf_values: [prompts, leaves] (rewards or leaf advantages; normalisation removes scale).
+        ddof, eps: of the standard deviation over a depth's nodes, see `normalize`.
 
     Returns:
         Per stochastic level [prompts, edges]; zero at a depth with a single node.
@@ -170,7 +171,7 @@ def depth_normalized(
     for step in plan.stochastic_steps:
         leaves_per_node = plan.leaves // plan.widths[step + 1]
         means = _siblings(leaf_values.float(), leaves_per_node).mean(-1)
-        levels.append(normalize(means, eps=eps))
+        levels.append(normalize(means, ddof=ddof, eps=eps))
     return EdgeAdvantages(tuple(levels), float("nan"))
 
 

@@ -58,6 +58,11 @@ class Display:
     def say(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)
 
+    def warn(self, warnings: list[str]) -> None:
+        """Say what is in a list, and empty it."""
+        while warnings:
+            self.say(f"warning: {warnings.pop(0)}")
+
     def show(self, metrics: Mapping[str, float], seconds_left: float) -> None:
         figures = f"reward {metrics['reward']:.3f}"
         if "accuracy" in metrics:

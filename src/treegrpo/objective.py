@@ -1,15 +1,14 @@
 """The clipped GRPO objective over the forest's edges, with one model forward per node.
 
-`losses` yields one loss per micro-batch of nodes; call `backward()` on each and step the optimizer
-after the last. Each is already divided by the number of all edges, so the gradient is the same
-whatever the micro-batch size.
+`losses` yields one `Loss` per micro-batch of nodes; call `backward()` on each value and step the
+optimizer after the last. Each is already divided by the number of all edges, so the gradient is the
+same whatever the micro-batch size.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,62 +17,24 @@ from treegrpo.rollout import Level, Predict, Rollout
 from treegrpo.transition import Reduction, clean_and_noise, log_prob
 
 
-@dataclass
-class UpdateStatistics:
-    """Accumulated over the micro-batches of an update; read it after the last one."""
+@dataclass(frozen=True)
+class Loss:
+    """One micro-batch's part of an objective.
 
-    edges: int = 0
-    forwards: int = 0
-    loss: float = 0.0
-    ratio_sum: float = 0.0
-    ratio_min: float = float("inf")
-    ratio_max: float = float("-inf")
-    ratio_error: float = 0.0
-    clipped: int = 0
-    kl_sum: float = 0.0
+    Attributes:
+        value: a scalar to call `backward()` on; the parts' sum is the objective.
+        forwards: rows that went through the model for it.
+        is_last: whether the optimizer step comes next.
+        means, least, most: figures by name, each a tensor without gradient of one number per edge
+            (or sample), of which an update's record shows the mean, the least and the most.
+    """
 
-    def add(self, loss: Tensor, ratio: Tensor, clipped: Tensor, kl: Tensor, forwards: int) -> None:
-        ratio = ratio.detach()
-        # One transfer from the device for all numbers.
-        numbers = torch.stack(
-            [
-                loss.detach(),
-                ratio.sum(),
-                ratio.min(),
-                ratio.max(),
-                (ratio - 1).abs().max(),
-                clipped.sum(),
-                kl.detach().sum(),
-            ]
-        ).tolist()
-        self.edges += ratio.numel()
-        self.forwards += forwards
-        self.loss += numbers[0]
-        self.ratio_sum += numbers[1]
-        self.ratio_min = min(self.ratio_min, numbers[2])
-        self.ratio_max = max(self.ratio_max, numbers[3])
-        self.ratio_error = max(self.ratio_error, numbers[4])
-        self.clipped += int(numbers[5])
-        self.kl_sum += numbers[6]
-
-    def merge(self, other: UpdateStatistics) -> None:
-        for name in ("edges", "forwards", "loss", "ratio_sum", "clipped", "kl_sum"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.ratio_min = min(self.ratio_min, other.ratio_min)
-        self.ratio_max = max(self.ratio_max, other.ratio_max)
-        self.ratio_error = max(self.ratio_error, other.ratio_error)
-
-    @property
-    def ratio_mean(self) -> float:
-        return self.ratio_sum / max(self.edges, 1)
-
-    @property
-    def clip_fraction(self) -> float:
-        return self.clipped / max(self.edges, 1)
-
-    @property
-    def kl(self) -> float:
-        return self.kl_sum / max(self.edges, 1)
+    value: Tensor
+    forwards: int
+    is_last: bool
+    means: Mapping[str, Tensor] = field(default_factory=dict)
+    least: Mapping[str, Tensor] = field(default_factory=dict)
+    most: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def clipped_surrogate(
@@ -114,9 +75,8 @@ def losses(
     kl_weight: float = 0.0,
     reference: Sequence[Tensor] | None = None,
     guard: bool = False,
-    statistics: UpdateStatistics | None = None,
-) -> Iterator[Tensor]:
-    """One loss per micro-batch of nodes.
+) -> Iterator[Loss]:
+    """The clipped objective, one part per micro-batch of nodes.
 
     Args:
         predict: the policy under training; called with gradient, once per node.
@@ -129,12 +89,12 @@ def losses(
         reference: its means per stochastic level, from `node_means`.
         guard: GRPO-Guard's ratio normalisation (arXiv 2510.22319); needs a rollout made with
             `keep_means=True`.
-        statistics: filled as the losses are consumed.
 
     The states of a micro-batch are brought to the advantages' device.
 
     Yields:
-        Scalars whose sum is the objective, averaged over the chosen prompts' edges.
+        Parts whose sum is the objective, averaged over the chosen prompts' edges. The figures of
+        each are its edges' `ratio`, whether the clip is what counts, and the divergence `kl`.
 
     Raises:
         ValueError: `guard` without kept means, `kl_weight` without a reference, or no prompts.
@@ -145,7 +105,6 @@ def losses(
     if not chosen or chosen.step != 1:
         raise ValueError(f"prompts: got {prompts}; must be a range of at least one prompt")
     edges = rollout.plan.edges * len(chosen)
-    statistics = statistics if statistics is not None else UpdateStatistics()
     for batch in _node_batches(rollout.levels, advantages, reference, chosen, micro_batch):
         level, transition = batch.level, batch.level.transition
         output = predict(batch.nodes, level.step, batch.prompt_index)
@@ -171,15 +130,15 @@ def losses(
         if kl_weight > 0 and batch.reference is not None:
             divergence = gaussian_kl(mean, batch.reference, transition.std, rollout.reduction)
             kl = divergence[:, None].expand_as(ratio)
-        loss = (per_edge * scale + kl_weight * kl).sum() / edges
-        statistics.add(loss, ratio, clipped, kl, rows)
-        yield loss
-
-
-def micro_batches(rollout: Rollout, prompts: int, micro_batch: int | None) -> int:
-    """How many losses `losses` yields for so many prompts."""
-    widths = [level.nodes.shape[1] * prompts for level in rollout.levels]
-    return sum(math.ceil(rows / (micro_batch or rows)) for rows in widths)
+        ratio, kl_value = ratio.detach(), kl.detach()
+        yield Loss(
+            (per_edge * scale + kl_weight * kl).sum() / edges,
+            rows,
+            batch.is_last,
+            means={"ratio_mean": ratio, "clip_fraction": clipped, "kl": kl_value},
+            least={"ratio_min": ratio},
+            most={"ratio_max": ratio, "ratio_error": (ratio - 1).abs()},
+        )
 
 
 @torch.no_grad()
@@ -221,6 +180,7 @@ class _NodeBatch:
     prompt_index: Tensor
     mean: Tensor | None
     reference: Tensor | None
+    is_last: bool
 
 
 def _node_batches(
@@ -253,4 +213,5 @@ def _node_batches(
                 index[some],
                 None if mean is None else mean[some].to(device),
                 None if reference is None else reference[some].to(device),
+                is_last=number == len(levels) - 1 and start + size >= rows,
             )

@@ -86,31 +86,20 @@ def load_prompts(source: str, split: Split, column: str = "prompt") -> list[Prom
     return list(prompts.values())
 
 
-def load_train_and_held_out(
-    train: str,
-    held_out: str | None,
-    *,
-    held_out_share: float,
-    column: str = "prompt",
-    held_out_column: str | None = None,
-) -> tuple[list[Prompt], list[Prompt]]:
+def load_train_and_held_out(settings: PromptsConfig) -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts of a run.
 
-    Args:
-        train: source of the training prompts.
-        held_out: source of the held-out prompts; None: the embedded ones if `train` is
-            "miniature", else `held_out_share` of the training source.
-        held_out_share: see `split_prompts`.
-        column: the column with the prompt.
-        held_out_column: that of `held_out`; None: the same.
+    Without a source of their own, held-out prompts are the embedded ones where the miniature's are
+    trained on, else a share of the training prompts.
 
     Raises:
         PromptError: see `load_prompts` and `split_prompts`.
     """
-    train_prompts = load_prompts(train, "train", column)
-    if held_out is None and train != "miniature":
-        return split_prompts(train_prompts, held_out_share)
-    return train_prompts, load_prompts(held_out or train, "held_out", held_out_column or column)
+    train_prompts = load_prompts(settings.train, "train", settings.column)
+    if settings.held_out is None and settings.train != "miniature":
+        return split_prompts(train_prompts, settings.held_out_share)
+    source, column = settings.held_out or settings.train, settings.held_out_column
+    return train_prompts, load_prompts(source, "held_out", column or settings.column)
 
 
 def split_prompts(

@@ -31,54 +31,6 @@ class TrainingResult:
     interrupted: bool
 
 
-class RunLog:
-    """Metrics to JSONL and TensorBoard; one process of a run writes, the others keep silent."""
-
-    def __init__(self, folder: Path, *, enabled: bool) -> None:
-        self._folder = folder
-        self._board = (
-            SummaryWriter(str(folder / checkpoint.TENSORBOARD_FOLDER)) if enabled else None
-        )
-
-    def metrics(self, metrics: dict[str, float]) -> None:
-        if self._board is None:
-            return
-        checkpoint.append_line(self._folder / checkpoint.METRICS_FILE, metrics)
-        for name, value in metrics.items():
-            self._board.add_scalar(f"train/{name}", value, int(metrics["iteration"]))
-
-    def evaluation(self, iteration: int, evaluation: Evaluation) -> None:
-        if self._board is None:
-            return
-        means = {name: evaluation.mean(name) for name in evaluation.scores}
-        errors = {
-            f"{name}_standard_error": evaluation.standard_error(name) for name in evaluation.scores
-        }
-        record = {"iteration": iteration, **means, **errors, "seconds": evaluation.seconds}
-        path = self._folder / checkpoint.EVALUATIONS_FILE
-        # A continued run that ends where it began evaluates again.
-        checkpoint.drop_lines_from(path, iteration)
-        checkpoint.append_line(path, record)
-        for name, value in means.items():
-            self._board.add_scalar(f"held_out/{name}", value, iteration)
-
-    def has_evaluation(self, iteration: int) -> bool:
-        """Whether it is on record; where nothing is written, nothing is missing."""
-        if self._board is None:
-            return True
-        records = checkpoint.read_lines(self._folder / checkpoint.EVALUATIONS_FILE)
-        return any(record["iteration"] == iteration for record in records)
-
-    def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
-
-
-def write_versions(folder: Path) -> None:
-    text = json.dumps(versions(), indent=2) + "\n"
-    checkpoint.write_atomically(folder / checkpoint.VERSIONS_FILE, text)
-
-
 def describe(evaluation: Evaluation) -> str:
     return "  ".join(f"{name} {evaluation.mean(name):.3f}" for name in evaluation.scores)
 

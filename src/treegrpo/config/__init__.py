@@ -1,0 +1,30 @@
+"""The configuration: what keys there are, reading them, and problems with them in words.
+
+Left out: the sections of the methods (`methods/settings.py`).
+"""
+
+from treegrpo.config.reading import changed, load_config, parse_yaml, to_yaml
+from treegrpo.config.schema import (
+    Config,
+    EvaluationConfig,
+    ModelConfig,
+    PromptsConfig,
+    RewardConfig,
+    TrainConfig,
+)
+from treegrpo.config.wording import ConfigError, describe_fields
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "EvaluationConfig",
+    "ModelConfig",
+    "PromptsConfig",
+    "RewardConfig",
+    "TrainConfig",
+    "changed",
+    "describe_fields",
+    "load_config",
+    "parse_yaml",
+    "to_yaml",
+]

@@ -1,0 +1,216 @@
+"""Reading a configuration: defaults, changed by a YAML file, changed by overrides; and writing it.
+
+Left out: what the keys mean (`schema.py`) and problems in words (`wording.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from treegrpo.config.schema import Config, config_class
+from treegrpo.config.wording import ConfigError, in_words
+from treegrpo.errors import UserError
+from treegrpo.methods.registry import DEFAULT
+from treegrpo.settings import shown
+from treegrpo.textfile import read_utf8
+
+METHOD_SECTIONS = ("rollout", "advantage", "objective")
+
+
+def load_config(path: Path | None, overrides: list[str]) -> Config:
+    """The defaults, changed by a YAML file, changed by overrides.
+
+    Where an override names another method than the file does, settings in the file that only the
+    file's method has are left behind.
+
+    Args:
+        path: the YAML file; None: the defaults alone. A list in it replaces the default list.
+        overrides: `key.path=value` each, the value in YAML; a number addresses a list's element.
+
+    Raises:
+        ConfigError: lists every problem with its key, value and what is allowed.
+    """
+    given = {} if path is None else _read_mapping(path)
+    of_file = _method(given)
+    data = _with(of_file, given, overrides)
+    method = _method(data)
+    if method != of_file:
+        data = _with(method, _without_own(of_file, method, given), overrides)
+    return validated(data)
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """A configuration with other values, by `key.path`.
+
+    Raises:
+        ConfigError: they do not go with the rest.
+    """
+    data = config.model_dump(mode="json")
+    for key_path, value in changes.items():
+        *sections, key = key_path.split(".")
+        target = data
+        for section in sections:
+            target = target[section]
+        target[key] = value
+    return validated(data)
+
+
+def validated(data: dict[str, Any]) -> Config:
+    """The configuration that a whole tree of values makes.
+
+    Raises:
+        ConfigError: lists every problem.
+    """
+    config = _class_of(_method(data))
+    try:
+        return config.model_validate(data)
+    except ValidationError as error:
+        problems = in_words(error.errors(), config)
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    lines = "".join(f"\n  {problem}" for problem in problems)
+    raise ConfigError(f"the configuration has {len(problems)} problems:{lines}")
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration as YAML that `load_config` reads back to an equal one."""
+    return yaml.dump(
+        config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True
+    )
+
+
+# --- the method decides which keys there are ---
+
+
+def _method(data: dict[Any, Any]) -> str:
+    rollout = data.get("rollout")
+    method = rollout.get("method", DEFAULT) if isinstance(rollout, dict) else DEFAULT
+    return method if isinstance(method, str) else DEFAULT
+
+
+def _class_of(method: str) -> type[Config]:
+    """Of the default method where there is no such method, which validation then tells."""
+    try:
+        return config_class(method)
+    except UserError:
+        return Config
+
+
+def _with(method: str, given: dict[Any, Any], overrides: list[str]) -> dict[Any, Any]:
+    data = _class_of(method)().model_dump(mode="json")
+    _merge(data, given)
+    for override in overrides:
+        _apply_override(data, override)
+    return data
+
+
+def _without_own(before: str, after: str, given: dict[Any, Any]) -> dict[Any, Any]:
+    """What a file gives, without the settings that one method has and the other one has not."""
+    result = copy.deepcopy(given)
+    for name in METHOD_SECTIONS:
+        left, kept = (_class_of(method).model_fields[name].annotation for method in (before, after))
+        own = getattr(left, "model_fields", {}).keys() - getattr(kept, "model_fields", {}).keys()
+        if isinstance(result.get(name), dict):
+            result[name] = {key: value for key, value in result[name].items() if key not in own}
+    return result
+
+
+# --- reading YAML ---
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML, in which 1e-4 is a number and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f'key "{key.value}" is given twice', problem_mark=key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text that `_Loader` would read as a number."""
+
+
+# YAML 1.1 asks for a point and a signed exponent, and reads "1e-4" as text.
+for _class in (_Loader, _Dumper):
+    _class.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+
+
+def parse_yaml(text: str, source: str) -> Any:
+    """A YAML value, read as configurations are: 1e-4 is a number, a key given twice an error.
+
+    Args:
+        source: what the text is, to begin messages with.
+
+    Raises:
+        ConfigError: it is not valid; says where.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        raise ConfigError(f"{source}{where}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{source}: not valid YAML: {error}") from None
+
+
+def _read_mapping(path: Path) -> dict[Any, Any]:
+    text = read_utf8(path, "configuration file", ConfigError)
+    data = parse_yaml(text, f"configuration file {path}")
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"configuration file {path}: got {shown(data)}; must be keys and values")
+    return data
+
+
+def _merge(base: dict[Any, Any], changes: dict[Any, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(base.get(key), dict) and (value is None or isinstance(value, dict)):
+            # A section with nothing in it (all of it commented out) changes nothing.
+            _merge(base[key], value or {})
+        else:
+            base[key] = copy.deepcopy(value)
+
+
+def _apply_override(data: dict[Any, Any], override: str) -> None:
+    key_path, equals, text = override.partition("=")
+    keys = key_path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f'override "{override}": must be key.path=value')
+    value = parse_yaml(text, f'override "{override}"')
+    target: Any = data
+    for depth, key in enumerate(keys):
+        here = ".".join(keys[:depth])
+        last = depth == len(keys) - 1
+        if isinstance(target, dict):
+            if last:
+                _merge(target, {key: value})
+            else:
+                target = target.setdefault(key, {})
+        elif isinstance(target, list):
+            if not key.isdecimal() or int(key) >= len(target):
+                allowed = f"must be 0 to {len(target) - 1}" if target else "the list is empty"
+                raise ConfigError(f"{here}.{key}: no such element; {allowed}")
+            if last:
+                target[int(key)] = value
+            else:
+                target = target[int(key)]
+        else:
+            raise ConfigError(f"{here}: has no key {shown(key)}; its value is {shown(target)}")

@@ -1,0 +1,158 @@
+"""The configuration's keys and problems in words.
+
+Left out: the configuration itself (`schema.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Literal, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from treegrpo.config.schema import Config, config_class
+from treegrpo.errors import UserError
+from treegrpo.methods.registry import BUILT_IN
+from treegrpo.settings import section_of, shown
+
+
+class ConfigError(UserError):
+    """The configuration cannot be used; the message lists every problem, one per line."""
+
+
+def describe_fields() -> Iterator[tuple[str, str, str]]:
+    """(key, default as YAML, sentence with the choices) of every field of every built-in method, in
+    order; where only some methods have a field, its sentence ends with their names."""
+    for key, (default, sentence) in _fields(Config).items():
+        section = key.partition(".")[0]
+        yield key, default, _with_methods(key, sentence)
+        last = [k for k in _fields(Config) if k.partition(".")[0] == section][-1]
+        if key == last:
+            for other, (its_default, its_sentence) in _other_fields(section).items():
+                yield other, its_default, _with_methods(other, its_sentence)
+
+
+def methods_with(key: str) -> list[str]:
+    """The built-in methods that have a key."""
+    return [method for method in BUILT_IN if key in _fields(config_class(method))]
+
+
+def _with_methods(key: str, sentence: str) -> str:
+    methods = methods_with(key)
+    return sentence if len(methods) == len(BUILT_IN) else f"{sentence} Of {', '.join(methods)}."
+
+
+def _other_fields(section: str) -> dict[str, tuple[str, str]]:
+    """Those of a section that the default method does not have."""
+    own = _fields(Config)
+    others: dict[str, tuple[str, str]] = {}
+    for method in BUILT_IN:
+        for key, described in _fields(config_class(method)).items():
+            if key not in own and key.startswith(f"{section}."):
+                others.setdefault(key, described)
+    return others
+
+
+@cache
+def _fields(section: type[BaseModel], prefix: str = "") -> dict[str, tuple[str, str]]:
+    """Key to default and sentence."""
+    found: dict[str, tuple[str, str]] = {}
+    for name, field in section.model_fields.items():
+        inner, is_list = section_of(field)
+        if inner is not None:
+            found |= _fields(inner, f"{prefix}{name}.{'N.' if is_list else ''}")
+            continue
+        default = (
+            "required"
+            if field.is_required()
+            else shown(field.get_default(call_default_factory=True))
+        )
+        sentence = " ".join((field.description or "").split())
+        if get_origin(field.annotation) is Literal:
+            sentence += f" One of {', '.join(map(str, get_args(field.annotation)))}."
+        found[f"{prefix}{name}"] = default, sentence
+    return found
+
+
+def in_words(errors: Sequence[ErrorDetails], config: type[Config]) -> list[str]:
+    """A line for each problem that validation found.
+
+    Args:
+        errors: of pydantic.
+        config: what was validated.
+    """
+    no_method = any(error["loc"] == ("rollout", "method") for error in errors)
+    lines = []
+    for error in errors:
+        key = ".".join(map(str, error["loc"]))
+        if no_method and error["type"] == "extra_forbidden" and methods_with(key):
+            continue  # it may well be a key of the method that was meant
+        lines.append(_line(error, config))
+    return lines
+
+
+def _line(details: ErrorDetails, config: type[Config]) -> str:
+    kind, context = details["type"], details.get("ctx", {})
+    location = [str(key) for key in details["loc"]]
+    if kind == "inconsistent":
+        if context["field"]:
+            location.append(context["field"])
+        if context["beside"]:
+            location[-1] = context["beside"]
+        return f"{'.'.join(location)}: {context['message']}"
+    key_path = ".".join(location)
+    if kind == "extra_forbidden":
+        methods = methods_with(key_path)
+        if methods:
+            mine = next(m for m in [*BUILT_IN, ""] if not m or config_class(m) is config)
+            return (
+                f"{key_path}: {mine or 'the method'} has no such setting; "
+                f"{' and '.join(methods)} {'has' if len(methods) == 1 else 'have'}"
+            )
+        return f"{key_path}: unknown key; {_suggest(location, config)}"
+    if kind == "missing":
+        return f"{key_path}: missing; must be given"
+    allowed = {
+        "greater_than": "must be greater than {gt}",
+        "greater_than_equal": "must be at least {ge}",
+        "less_than": "must be less than {lt}",
+        "less_than_equal": "must be at most {le}",
+        "int_type": "must be an integer",
+        "int_from_float": "must be an integer",
+        "float_type": "must be a number",
+        "finite_number": "must be finite",
+        "bool_type": "must be true or false",
+        "string_type": "must be text",
+        "path_type": "must be a path",
+        "list_type": "must be a list",
+        "model_type": "must be keys and values",
+        "literal_error": "must be one of {expected}",
+        "too_short": "must have at least {min_length} element",
+        "string_too_short": "must not be empty",
+    }.get(kind, details["msg"].replace("{", "{{").replace("}", "}}"))
+    words = {
+        name: int(value) if isinstance(value, float) and value.is_integer() else value
+        for name, value in context.items()
+    }
+    if kind == "literal_error":
+        words["expected"] = str(context["expected"]).replace("'", '"').replace(" or ", ", ")
+    return f"{key_path}: got {shown(details['input'])}; {allowed.format(**words)}"
+
+
+def _suggest(location: list[str], config: type[Config]) -> str:
+    *parents, key = location
+    section: type[BaseModel] = config
+    for parent in parents:
+        if not parent.isdecimal():
+            inner, _ = section_of(section.model_fields[parent])
+            section = inner or section
+    siblings = list(section.model_fields)
+    near = difflib.get_close_matches(key, siblings, n=1)
+    # A right name in the wrong section is as common a slip as a wrong name.
+    elsewhere = [path for path, _, _ in describe_fields() if path.split(".")[-1] == key]
+    if near or elsewhere:
+        return f'did you mean "{[*elsewhere, *near][0]}"?'
+    return f"must be one of {', '.join(siblings)}"

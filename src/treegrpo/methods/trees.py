@@ -1,0 +1,155 @@
+"""Methods whose samples branch: TreeGRPO and BranchGRPO.
+
+Left out: the arithmetic of plans and backups (`plan.py`, `advantage.py`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from treegrpo import plan
+from treegrpo.methods.method import Credit, Scores
+from treegrpo.methods.policy_gradient import PolicyGradient
+from treegrpo.methods.settings import AdvantageSettings, FinalStepSettings
+from treegrpo.methods.window import WindowMethod, WindowSettings
+from treegrpo.plan import RolloutPlan
+from treegrpo.settings import AtLeastOne, AtLeastZero, Positive, problem
+
+if TYPE_CHECKING:
+    from treegrpo.rollout import Rollout
+
+
+class TreeSettings(WindowSettings):
+    """How TreeGRPO grows samples."""
+
+    trees: AtLeastOne = 1
+    """Independent initial noises per prompt."""
+    branching: AtLeastOne = 3
+    """Children of a node at each branching step."""
+
+    @field_validator("branching")
+    @classmethod
+    def _leaves_fit(cls, branching: int, info: ValidationInfo) -> int:
+        trees, size = info.data.get("trees"), info.data.get("window_size")
+        if trees is not None and size is not None:
+            formula = "trees * branching^window_size"
+            _check_leaves(info.data.get("max_leaves"), trees, branching, size, formula)
+        return branching
+
+
+class TreeAdvantageSettings(AdvantageSettings):
+    """How TreeGRPO's rewards become advantages."""
+
+    backup: Literal["logprob", "uniform", "sibling"] = "logprob"
+    """How advantages of siblings combine into their parent's: by the softmax of their
+    log-probabilities, by the mean, or relative to the siblings' mean at every node."""
+    backup_temperature: Positive = 1.0
+    """Temperature of the log-probability softmax."""
+
+
+class TreeGRPO(WindowMethod):
+    """Every node inside the window branches; leaf advantages are backed up the tree."""
+
+    rollout_settings = TreeSettings
+    advantage_settings = TreeAdvantageSettings
+    rollout: TreeSettings
+    advantage: TreeAdvantageSettings
+    paper = "[TreeGRPO](https://arxiv.org/abs/2512.08153)"
+
+    def plan_at(self, window_start: int) -> RolloutPlan:
+        """`plan.tree_grpo` with the window there."""
+        settings = self.rollout
+        return plan.tree_grpo(
+            settings.steps,
+            branching=settings.branching,
+            window_size=settings.window_size,
+            window_start=window_start,
+            trees=settings.trees,
+        )
+
+    def credit(self, scores: Scores, forest: Rollout) -> Credit:
+        """Algorithm 1, lines 11-18."""
+        from treegrpo.advantage import backup
+
+        leaves, settings = self.leaf_advantages(scores), self.advantage
+        edges = backup(
+            leaves,
+            forest.log_probs,
+            forest.plan,
+            mode=settings.backup,
+            temperature=settings.backup_temperature,
+        )
+        return Credit.of(leaves, edges)
+
+
+class BranchSettings(FinalStepSettings):
+    """How BranchGRPO grows samples."""
+
+    branching: AtLeastOne = 3
+    """Children of a node at each branching step."""
+    split_steps: Annotated[list[AtLeastZero[int]], Field(min_length=1)] | None = None
+    """The branching steps; null: 0, 3, 6 and 9, as far as there are so many steps."""
+
+    @field_validator("split_steps")
+    @classmethod
+    def _splits_fit(cls, split_steps: list[int] | None, info: ValidationInfo) -> list[int] | None:
+        steps, branching = info.data.get("steps"), info.data.get("branching")
+        if steps is None or branching is None:
+            return split_steps
+        if split_steps is not None and max(split_steps) >= steps:
+            allowed = f"must be steps from 0 to {steps - 1} (rollout.steps is {steps})"
+            raise problem(split_steps, allowed)
+        if split_steps is not None and sorted(set(split_steps)) != split_steps:
+            raise problem(split_steps, "must be in increasing order, each step once")
+        splits = len(split_steps or _default_splits(steps))
+        formula = "branching^(number of split_steps)"
+        _check_leaves(info.data.get("max_leaves"), 1, branching, splits, formula)
+        return split_steps
+
+
+class BranchGRPO(PolicyGradient):
+    """Every step is stochastic and some branch; advantages are normalised within each depth."""
+
+    rollout_settings = BranchSettings
+    rollout: BranchSettings
+    paper = "[BranchGRPO](https://arxiv.org/abs/2509.06040)"
+
+    def plan(self, iteration: int) -> RolloutPlan:
+        """`plan.branch_grpo`, the same in every iteration."""
+        settings = self.rollout
+        return plan.branch_grpo(
+            settings.steps,
+            branching=settings.branching,
+            split_steps=settings.split_steps or _default_splits(settings.steps),
+            deterministic_final_step=settings.deterministic_final_step,
+        )
+
+    def credit(self, scores: Scores, forest: Rollout) -> Credit:
+        """Means over each node's leaves, normalised within the node's depth."""
+        from treegrpo.advantage import depth_normalized
+
+        leaves, settings = self.leaf_advantages(scores), self.advantage
+        edges = depth_normalized(leaves, forest.plan, ddof=settings.ddof, eps=settings.eps)
+        return Credit.of(leaves, edges)
+
+
+def _default_splits(steps: int) -> list[int]:
+    return [step for step in (0, 3, 6, 9) if step < steps]
+
+
+def _check_leaves(
+    most: int | None, trees: int, branching: int, exponent: int, formula: str
+) -> None:
+    if most is None:
+        return  # it was refused, and has been reported
+    # Far above any bound, the exact number is not worth the time that its digits take.
+    leaves = trees * branching ** min(exponent, 64)
+    if leaves > most:
+        product = (
+            f"{trees} * {branching}^{exponent}" if "trees" in formula else f"{branching}^{exponent}"
+        )
+        total = f" = {leaves}" if exponent <= 64 else ""
+        allowed = f"a prompt would have {product}{total} samples ({formula}); use fewer, or raise "
+        raise problem(most, allowed + "max_leaves", beside="max_leaves")

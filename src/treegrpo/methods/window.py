@@ -1,0 +1,102 @@
+"""The window of stochastic steps and how it moves: settings and plans that methods share.
+
+Left out: where the window stands in an iteration, which `plan.WindowSchedule` decides.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections import Counter
+from functools import cached_property
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from treegrpo.methods.method import PlanShare
+from treegrpo.methods.policy_gradient import PolicyGradient
+from treegrpo.methods.settings import RolloutSettings
+from treegrpo.plan import RolloutPlan, WindowSchedule
+from treegrpo.settings import AtLeastOne, AtLeastZero, problem
+
+
+class WindowSettings(RolloutSettings):
+    """Of methods that train a window of steps."""
+
+    window_size: AtLeastOne = 3
+    """Consecutive stochastic, trained steps."""
+    window_schedule: Literal["random", "shifting", "fixed"] = "random"
+    """How the window's first step is chosen each iteration."""
+    window_start: AtLeastZero[int] = 0
+    """The window's first step under the fixed schedule."""
+    window_decay: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Random schedule: each later start is this many times as likely; 1 is uniform."""
+    shift_by: AtLeastOne = 1
+    """Shifting schedule: steps by which the window advances."""
+    shift_every: AtLeastOne = 25
+    """Shifting schedule: iterations between two advances."""
+
+    @field_validator("window_size")
+    @classmethod
+    def _window_fits(cls, window_size: int, info: ValidationInfo) -> int:
+        steps = info.data.get("steps")
+        if steps is not None and window_size > steps:
+            raise problem(window_size, f"must be at most rollout.steps ({steps})")
+        return window_size
+
+    @field_validator("window_start")
+    @classmethod
+    def _fixed_window_fits(cls, window_start: int, info: ValidationInfo) -> int:
+        steps, size = info.data.get("steps"), info.data.get("window_size")
+        if info.data.get("window_schedule") != "fixed" or steps is None or size is None:
+            return window_start
+        if window_start + size > steps:
+            raise problem(
+                window_start,
+                f"must be at most {steps - size}: rollout.steps ({steps}) - "
+                f"rollout.window_size ({size})",
+            )
+        return window_start
+
+
+class WindowMethod(PolicyGradient):
+    """A method whose plan depends on where the window stands."""
+
+    rollout_settings = WindowSettings
+    rollout: WindowSettings
+
+    @abstractmethod
+    def plan_at(self, window_start: int) -> RolloutPlan:
+        """The plan with the window's first step there."""
+
+    @cached_property
+    def window(self) -> WindowSchedule:
+        """Where the window stands at each iteration."""
+        settings = self.rollout
+        is_fixed = settings.window_schedule == "fixed"
+        return WindowSchedule(
+            settings.window_schedule,
+            settings.steps,
+            settings.window_size,
+            start=settings.window_start if is_fixed else 0,
+            decay=settings.window_decay,
+            shift_by=settings.shift_by,
+            shift_every=settings.shift_every,
+            seed=self.seed,
+        )
+
+    def plan(self, iteration: int) -> RolloutPlan:
+        """The plan with the window where its schedule has it."""
+        return self.plan_at(self.window.at(iteration))
+
+    def plans(self, iterations: int) -> tuple[PlanShare, ...]:
+        """A plan per start of the window: under the random schedule with the distribution's shares,
+        else with those of the run's iterations."""
+        if self.window.kind == "random":
+            shares = dict(enumerate(self.window.probabilities))
+        else:
+            starts = Counter(self.window.at(iteration) for iteration in range(iterations))
+            shares = {start: starts[start] / iterations for start in sorted(starts)}
+        return tuple(
+            PlanShare(self.plan_at(start), share, f"window at {start}")
+            for start, share in shares.items()
+        )

@@ -1,0 +1,198 @@
+"""A run's folder: the names of what is in it, refusals of what is there already, and its records.
+
+Left out: the state that a run continues from (`checkpoint.py`), and who writes the records
+(`tracking.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from treegrpo.config import Config, load_config, to_yaml
+from treegrpo.errors import UserError
+from treegrpo.settings import free_on_resume
+from treegrpo.versions import versions
+
+STATE_FILE = "checkpoint.pt"
+CONFIG_FILE = "config.yaml"
+VERSIONS_FILE = "versions.json"
+METRICS_FILE = "metrics.jsonl"
+EVALUATIONS_FILE = "evaluations.jsonl"
+MODEL_FOLDER = "model"
+FAILED_REWARD_FOLDER = "failed_reward"
+TENSORBOARD_FOLDER = "tensorboard"
+SUMMARY_FILE = "summary.json"
+PICTURE_FILES = ("before_after.png", "curve.png")
+
+# All that a run writes into its folder: what `--overwrite` replaces. Nothing else is touched.
+_AT_THE_START = (CONFIG_FILE, VERSIONS_FILE, TENSORBOARD_FOLDER)
+_WRITTEN = (
+    *_AT_THE_START,
+    STATE_FILE,
+    STATE_FILE + ".partial",
+    METRICS_FILE,
+    EVALUATIONS_FILE,
+    MODEL_FOLDER,
+    FAILED_REWARD_FOLDER,
+    SUMMARY_FILE,
+    *PICTURE_FILES,
+)
+
+# Of a reward: how it is asked, not what it answers. A server may come back at another address.
+_FREE_OPTIONS = {
+    "batch_size",
+    "concurrency",
+    "device",
+    "give_up_after_seconds",
+    "headers",
+    "threads",
+    "timeout_seconds",
+    "token_env",
+    "token_header",
+    "url",
+}
+
+
+class RunError(UserError):
+    """A run's folder that cannot be used as asked."""
+
+
+def check_run_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Refuse an output folder that cannot be used as asked; changes nothing.
+
+    Raises:
+        RunError: the folder holds something and neither `resume` nor `overwrite` was given; it
+            holds something that is no run; there is nothing to resume; or the run to resume was
+            made with other settings.
+    """
+    folder = config.output
+    if resume and overwrite:
+        raise RunError("--resume and --overwrite: give one of them")
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"output: {folder} is a file; must be a folder")
+    if resume:
+        if not (folder / STATE_FILE).is_file():
+            raise RunError(f"output: {folder} holds no run to resume (no {STATE_FILE})")
+        _check_same_settings(folder, config)
+    elif folder.is_dir() and any(folder.iterdir()):
+        # A configuration alone may be the user's own.
+        if not all((folder / name).is_file() for name in (CONFIG_FILE, VERSIONS_FILE)):
+            raise RunError(
+                f"output: {folder} is not empty and holds no run, so nothing in it is "
+                "replaced; choose another folder with output=FOLDER"
+            )
+        # A run that ended before its first evaluation has nothing to lose.
+        begun = any((folder / name).exists() for name in _WRITTEN if name not in _AT_THE_START)
+        if begun and not overwrite:
+            raise RunError(
+                f"output: {folder} already holds a run; continue it with --resume, replace "
+                "it with --overwrite, or choose another folder with output=FOLDER"
+            )
+        model = Path(config.model.path).expanduser().resolve()
+        if any(model.is_relative_to((folder / name).resolve()) for name in _WRITTEN):
+            raise RunError(
+                f"model.path: {config.model.path} belongs to the run in {folder}, which would be "
+                "replaced; choose another folder with output=FOLDER"
+            )
+
+
+def prepare_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Make the run's folder (anew with `overwrite`) and write its configuration.
+
+    Raises:
+        RunError: as `check_run_folder`.
+    """
+    check_run_folder(config, resume=resume, overwrite=overwrite)
+    if not resume:
+        for name in _WRITTEN:
+            path = config.output / name
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+    config.output.mkdir(parents=True, exist_ok=True)
+    write_atomically(config.output / CONFIG_FILE, to_yaml(located(config)))
+    write_atomically(config.output / VERSIONS_FILE, json.dumps(versions(), indent=2) + "\n")
+
+
+def located(config: Config) -> Config:
+    """With a model's folder by its whole path, which means the same wherever it is read."""
+    folder = Path(config.model.path).expanduser()
+    if config.model.path == "miniature" or not folder.is_dir():
+        return config
+    model = config.model.model_copy(update={"path": str(folder.resolve())})
+    return config.model_copy(update={"model": model})
+
+
+def _check_same_settings(folder: Path, config: Config) -> None:
+    try:
+        saved = load_config(folder / CONFIG_FILE, [])
+    except UserError as error:
+        raise RunError(f"output: the run in {folder} cannot be resumed: {error}") from error
+    before, now = _settings(saved), _settings(config)
+    free = set(free_on_resume(type(config)))
+    if config.train.learning_rate_schedule == "constant":
+        free.add(("train", "iterations"))  # otherwise they decide every step's learning rate
+    changed = [
+        f"{'.'.join(key)}: was {before.get(key)!r}, now {now.get(key)!r}"
+        for key in sorted({*before, *now}, key=str)
+        if before.get(key) != now.get(key) and key not in free
+    ]
+    if changed:
+        raise RunError(
+            f"output: the run in {folder} was made with other settings; to resume, keep "
+            "them\n  " + "\n  ".join(changed)
+        )
+
+
+def _settings(config: Config) -> dict[tuple[str, ...], Any]:
+    """By key, for comparison."""
+    settings = yaml.safe_load(to_yaml(located(config)))
+    for given, reward in zip(settings["rewards"], config.rewards, strict=True):
+        given["label"] = reward.key
+        if reward.name.startswith(("http://", "https://")):
+            given["name"] = "a server"
+        for option in _FREE_OPTIONS & given["options"].keys():
+            del given["options"][option]
+    return _flatten(settings)
+
+
+def _flatten(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    flat: dict[tuple[str, ...], Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, (*prefix, name))
+        else:
+            flat[(*prefix, name)] = value
+    return flat
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Records of a file by `append_line`; a last one that a crash cut short is left out."""
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def drop_lines_from(path: Path, iteration: int) -> None:
+    """Forget records of an iteration and later ones."""
+    kept = [record for record in read_lines(path) if record["iteration"] < iteration]
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,233 @@
+"""From a configuration to the parts of a run, each made from its own section.
+
+What can be refused is refused first; the network's weights are read last. Left out: what the parts
+do in an iteration (`loop.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from treegrpo import checkpoint
+from treegrpo.config import Config
+from treegrpo.errors import UserError
+from treegrpo.evaluation.measure import evaluate
+from treegrpo.evaluation.results import Evaluation
+from treegrpo.images import evenly_spaced
+from treegrpo.methods import Method, method_of
+from treegrpo.models.export import export, export_bytes
+from treegrpo.models.folder import check_trainable
+from treegrpo.models.opening import load_weights, open_policy
+from treegrpo.models.policy import Policy
+from treegrpo.prompts import Prompt, PromptSampler, load_train_and_held_out, overlap
+from treegrpo.rewards import Reward, check_prompts, load_reward
+from treegrpo.run_folder import (
+    EVALUATIONS_FILE,
+    FAILED_REWARD_FOLDER,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    drop_lines_from,
+    located,
+)
+from treegrpo.training.collector import Collector
+from treegrpo.training.engine import Engine
+from treegrpo.training.learner import Learner
+from treegrpo.training.metrics import RewardMetrics
+
+PICTURED_PROMPTS = 8
+
+
+@dataclass
+class Progress:
+    """How far a run is: finished iterations, their seconds and their forwards (rows)."""
+
+    iteration: int = 0
+    seconds: float = 0.0
+    rollout_forwards: int = 0
+    update_forwards: int = 0
+
+
+@dataclass
+class Run:
+    """The parts of a run.
+
+    Attributes:
+        held_out: the prompts that evaluations use.
+        sampler: the training prompts, in the order in which they are drawn.
+        warnings: to be told, once.
+    """
+
+    config: Config
+    engine: Engine
+    method: Method
+    policy: Policy
+    rewards: Mapping[str, Reward]
+    held_out: Sequence[Prompt]
+    sampler: PromptSampler
+    collector: Collector
+    learner: Learner
+    reward_metrics: RewardMetrics
+    progress: Progress = field(default_factory=Progress)
+    warnings: list[str] = field(default_factory=list)
+    _saved: dict[str, Any] | None = None
+
+    def measure(self) -> Evaluation:
+        """The current policy (its average, if one is kept) on the held-out prompts, of which each
+        process takes a share.
+
+        Raises:
+            RewardError: a reward failed, here or on another process.
+        """
+        config, settings = self.config, self.config.evaluation
+        with self.learner.averaged(), self.engine.failing_together():
+            own = evaluate(
+                self.policy,
+                self.held_out,
+                self.rewards,
+                images_per_prompt=settings.images_per_prompt,
+                steps=config.rollout.steps,
+                seed=settings.seed,
+                max_batch=config.rollout.max_batch,
+                decode_batch=config.rollout.decode_batch,
+                keep=evenly_spaced(len(self.held_out), PICTURED_PROMPTS),
+                keep_folder=config.output / FAILED_REWARD_FOLDER,
+                frames={reward.key: reward.frames for reward in config.rewards},
+                share=self.engine.consecutive_share(len(self.held_out)),
+            )
+        return Evaluation.join(self.engine.everyones(own))
+
+    def bytes_on_disk(self) -> int:
+        """About what the checkpoint and the exported model take."""
+        return self.learner.state_bytes() + export_bytes(self.policy)
+
+    def save(self) -> None:
+        """Write the state from which `restore` continues exactly."""
+        if self.engine.is_main:
+            state = {
+                **vars(self.progress),
+                **self.learner.state_dict(),
+                "sampler": self.sampler.state_dict(),
+            }
+            checkpoint.save_state(self.config.output, state)
+
+    def restore(self) -> None:
+        """Take over what the run to resume has trained; until then the model is the initial one."""
+        assert self._saved is not None
+        self.learner.load_state_dict(self._saved)
+        self._saved = None
+        if self.engine.is_main:
+            # Metrics are an iteration's own; an evaluation comes after so many iterations.
+            folder, done = self.config.output, self.progress.iteration
+            drop_lines_from(folder / METRICS_FILE, done)
+            drop_lines_from(folder / EVALUATIONS_FILE, done + 1)
+
+    def export(self) -> Path:
+        """Write the trained model for diffusers; returns its folder."""
+        folder = self.config.output / MODEL_FOLDER
+        with self.learner.averaged():
+            # LoRA weights name their base model, which must be found from any folder.
+            export(self.policy, folder, located(self.config).model.path)
+        return folder
+
+    def seconds_left(self, limit: float) -> float:
+        """Until the last iteration or the time limit, at the speed so far."""
+        done, seconds = self.progress.iteration, self.progress.seconds
+        remaining = (self.config.train.iterations - done) * seconds / done
+        return max(0.0, min(remaining, limit - seconds))
+
+
+def build(config: Config, *, resume: bool = False) -> Run:
+    """Make the parts of a run.
+
+    Args:
+        resume: continue the run in the output folder, once `Run.restore` takes over its weights.
+
+    Raises:
+        UserError: something cannot be used; the network's weights have not been read.
+    """
+    engine = Engine(config.model)
+    method = method_of(config)
+    plans = method.checked_plans(config.train.iterations)
+    rewards = {reward.key: load_reward(reward.name, reward.options) for reward in config.rewards}
+    train_prompts, all_held_out = load_train_and_held_out(config.prompts)
+    held_out = all_held_out[: config.evaluation.max_prompts]
+    check_prompts(rewards, [*train_prompts, *held_out])
+    check_shares(config, engine.processes)
+    check_trainable(config.model.path)
+    torch.manual_seed(config.train.seed)
+    policy = open_policy(config.model, device=engine.device, steps=config.rollout.steps)
+    schedule = policy.schedule(config.rollout.steps)
+    for each in plans:  # refuses a step without a density before any sampling
+        method.transitions(schedule, each.plan)
+    sampler = PromptSampler(train_prompts, config.train.seed)
+    progress = Progress()
+    saved = _find_place(config, sampler, progress) if resume else None
+
+    # Before the network is read: the text encoders may be as large.
+    left = config.train.iterations - progress.iteration
+    upcoming = sampler.upcoming(left * config.rollout.prompts_per_iteration)
+    texts = [prompt.text for prompt in [*held_out, *upcoming]]
+    policy.prepare(engine.share_on_host(texts), print if engine.is_main else lambda text: None)
+    engine.wait()
+
+    load_weights(policy, config.model, train=True)
+    failed = config.output / FAILED_REWARD_FOLDER
+    warnings = _shared_prompts(train_prompts, all_held_out)
+    return Run(
+        config,
+        engine,
+        method,
+        policy,
+        rewards,
+        held_out,
+        sampler,
+        Collector(config, policy, method, rewards, engine, failed),
+        Learner(policy, method, config.train, engine, warnings),
+        RewardMetrics(config),
+        progress,
+        warnings,
+        saved,
+    )
+
+
+def check_shares(config: Config, processes: int) -> None:
+    """Refuse prompts that processes and optimizer steps cannot share equally.
+
+    Raises:
+        UserError: says what the number must be a multiple of.
+    """
+    prompts, updates = config.rollout.prompts_per_iteration, config.train.updates_per_iteration
+    if prompts % (processes * updates):
+        raise UserError(
+            f"rollout.prompts_per_iteration: got {prompts}; must be a multiple of {processes} "
+            f"processes x {updates} updates per iteration"
+        )
+
+
+def _find_place(config: Config, sampler: PromptSampler, progress: Progress) -> dict[str, Any]:
+    """Where the saved run stands; returns its state.
+
+    Raises:
+        RunError: the state is damaged.
+        PromptError: it belongs to other prompts.
+    """
+    state = checkpoint.load_state(config.output)
+    sampler.load_state_dict(state["sampler"])
+    for name in vars(progress):
+        setattr(progress, name, state[name])
+    return state
+
+
+def _shared_prompts(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[str]:
+    shared = overlap(train, held_out)
+    if not shared:
+        return []
+    return [
+        f"{len(shared)} of {len(held_out)} held-out prompts are trained on too, such as "
+        f"{shared[0]!r}: figures on them say little about other prompts"
+    ]

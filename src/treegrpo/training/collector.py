@@ -1,0 +1,185 @@
+"""From prompts to their forests and rewards: sample, decode, score.
+
+In batches of prompts: while a server scores one batch's images, the next batch is sampled. Left out:
+the rollout itself (`rollout.py`) and asking a reward (`rewards/scoring.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from treegrpo.config import Config
+from treegrpo.images import as_pictures
+from treegrpo.methods import Method, Scores
+from treegrpo.models.policy import Policy
+from treegrpo.plan import RolloutPlan
+from treegrpo.prompts import Prompt
+from treegrpo.rewards import Reward, closing, score
+from treegrpo.rollout import Rollout, join, rollout
+from treegrpo.training.engine import Engine
+from treegrpo.training.metrics import Stopwatch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What an iteration learns from.
+
+    Attributes:
+        prompts: this process's.
+        forest: their samples.
+        rewards: name to float32 [prompts, leaves], of this process's prompts.
+        everyones: name to float32 [all prompts, leaves], of all processes'.
+    """
+
+    prompts: tuple[Prompt, ...]
+    forest: Rollout
+    rewards: Mapping[str, Tensor]
+    everyones: Mapping[str, Tensor]
+
+
+class Collector:
+    """Makes batches.
+
+    Attributes:
+        rewards: by name; all are asked, those with a weight above 0 are trained on.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        method: Method,
+        rewards: Mapping[str, Reward],
+        engine: Engine,
+        failed_folder: Path,
+    ) -> None:
+        """
+        Args:
+            failed_folder: where a failing reward leaves its images.
+        """
+        self._config, self._settings, self._seed = config, config.rollout, config.train.seed
+        self._policy, self._method, self._engine = policy, method, engine
+        self.rewards, self._failed_folder = rewards, failed_folder
+        self._frames = {reward.key: reward.frames for reward in config.rewards}
+
+    def collect(
+        self, drawn: Sequence[Prompt], plan: RolloutPlan, iteration: int, watch: Stopwatch
+    ) -> Batch:
+        """Sample and score this process's share of an iteration's prompts.
+
+        Args:
+            drawn: the iteration's prompts, of all processes.
+            iteration: decides the noises, with the seed.
+
+        Raises:
+            RewardError: a reward failed, here or on another process.
+        """
+        with self._engine.failing_together():
+            numbers = self._engine.share(range(len(drawn)))
+            prompts = self._engine.share(drawn)
+            forest, rewards = self._sample(prompts, numbers, plan, iteration, watch)
+        everyones = {name: self._engine.gather(values) for name, values in rewards.items()}
+        return Batch(tuple(prompts), forest, rewards, everyones)
+
+    def scores(self, batch: Batch) -> Scores:
+        """The rewards that are trained on, with their weights."""
+        trained = self._config.trained_rewards
+        return Scores(
+            [batch.rewards[reward.key].to(self._policy.device) for reward in trained],
+            [reward.weight for reward in trained],
+            [batch.everyones[reward.key] for reward in trained],
+        )
+
+    def _sample(
+        self,
+        prompts: Sequence[Prompt],
+        numbers: Sequence[int],
+        plan: RolloutPlan,
+        iteration: int,
+        watch: Stopwatch,
+    ) -> tuple[Rollout, dict[str, Tensor]]:
+        settings, size = self._settings, self._settings.prompts_per_batch or len(prompts)
+        forests: list[Rollout] = []
+        scores: list[dict[str, Tensor | Future[Tensor]]] = []
+        workers = sum(getattr(reward, "concurrent", False) for reward in self.rewards.values())
+        with ThreadPoolExecutor(max_workers=max(workers, 1)) as pool, closing(self.rewards):
+            for start in range(0, len(prompts), size):
+                part = slice(start, start + size)
+                with watch("rollout"):
+                    forests.append(self._grow(prompts[part], numbers[part], plan, iteration))
+                with watch("decode"):
+                    leaves = forests[-1].leaves.flatten(0, 1)
+                    frames = max(self._frames.values())
+                    images = self._policy.decode(leaves, settings.decoded_at_once, frames=frames)
+                    images = as_pictures(images.cpu() if settings.offload else images)
+                with watch("reward"):
+                    scores.append(self._score(images, prompts[part], pool))
+            with watch("reward"):
+                rewards = {
+                    name: torch.cat([_result(part[name]) for part in scores])
+                    for name in self.rewards
+                }
+        return join(forests), rewards
+
+    def _grow(
+        self,
+        prompts: Sequence[Prompt],
+        numbers: Sequence[int],
+        plan: RolloutPlan,
+        iteration: int,
+    ) -> Rollout:
+        settings, policy, method = self._settings, self._policy, self._method
+        # Each of the iteration's prompts has a generator of its own: what it draws depends neither
+        # on the batches nor on the processes, and a resumed run draws what the unbroken one would.
+        first = (self._seed * 1_000_003 + iteration) * 2**20
+        generators = [
+            torch.Generator(policy.device).manual_seed((first + number) % 2**63)
+            for number in numbers
+        ]
+        noise = torch.stack([policy.noise(plan.roots, generator) for generator in generators])
+        schedule = policy.schedule(settings.steps)
+        conditioning = policy.encode([prompt.text for prompt in prompts])
+        return rollout(
+            policy.predictor(conditioning, settings.steps),
+            noise.cpu() if settings.offload else noise,
+            plan,
+            schedule,
+            method.transitions(schedule, plan),
+            max_batch=settings.max_batch,
+            reduction=method.reduction,
+            generator=generators,
+            keep_means=method.keep_means,
+            device=policy.device,
+        )
+
+    def _score(
+        self, images: Tensor, prompts: Sequence[Prompt], pool: ThreadPoolExecutor
+    ) -> dict[str, Tensor | Future[Tensor]]:
+        """Reward name to float32 [prompts, leaves], or the promise of it."""
+        leaves = len(images) // len(prompts)
+        texts = [prompt.text for prompt in prompts for _ in range(leaves)]
+        metadata = [dict(prompt.metadata) for prompt in prompts for _ in range(leaves)]
+        concurrent = [name for name, r in self.rewards.items() if getattr(r, "concurrent", False)]
+        if concurrent:
+            # A copy that a thread asked for would wait for the next rollout's work on the device.
+            images = images.cpu()
+
+        def ask(name: str) -> Tensor:
+            frames, folder = self._frames[name], self._failed_folder
+            values = score(name, self.rewards[name], images, texts, metadata, folder, frames)
+            return values.view(len(prompts), leaves)
+
+        asked: dict[str, Tensor | Future[Tensor]] = {
+            name: pool.submit(ask, name) for name in concurrent
+        }
+        return asked | {name: ask(name) for name in self.rewards if name not in asked}
+
+
+def _result(scores: Tensor | Future[Tensor]) -> Tensor:
+    return scores.result() if isinstance(scores, Future) else scores

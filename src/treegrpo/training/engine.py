@@ -1,0 +1,141 @@
+"""Several processes and mixed devices, by Accelerate and the user's configuration of it.
+
+Nothing else in the package knows about processes: what is shared, gathered and waited for goes
+through `Engine`. Left out: sharded weights; every process holds the whole model.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import InitProcessGroupKwargs, gather_object
+from torch import Tensor, nn
+
+from treegrpo.config import ModelConfig
+from treegrpo.device import usable_device
+from treegrpo.errors import UserError
+from treegrpo.rewards import RewardError
+
+# How long processes wait for one that waits for a reward server, before they take it for dead.
+PROCESS_PATIENCE = timedelta(hours=2)
+
+_Item = TypeVar("_Item")
+
+
+class Engine:
+    """The processes of a run, seen from one of them.
+
+    Attributes:
+        device: where this process computes.
+        rank, processes: its number, and how many there are.
+        is_main: whether it is the one that writes and speaks.
+
+    Raises:
+        UserError: `model.device` cannot be used.
+    """
+
+    def __init__(self, model: ModelConfig) -> None:
+        device = usable_device(model.device, "model.device")
+        if device.index is not None and device.type != "cpu":
+            if "LOCAL_RANK" in os.environ:
+                raise UserError(
+                    f"model.device: got {model.device!r}; must be 'auto' where several processes "
+                    "share the devices, each of which has its own"
+                )
+            torch.accelerator.set_device_index(device.index)
+        # Some networks have layers that get no gradient, such as the last block's text layers.
+        distributed = DistributedDataParallelKwargs(
+            find_unused_parameters=True, gradient_as_bucket_view=True
+        )
+        self._accelerator = Accelerator(
+            cpu=device.type == "cpu",
+            kwargs_handlers=[distributed, InitProcessGroupKwargs(timeout=PROCESS_PATIENCE)],
+        )
+        self.device: torch.device = self._accelerator.device
+        self.rank: int = self._accelerator.process_index
+        self.processes: int = self._accelerator.num_processes
+        self.is_main: bool = self._accelerator.is_main_process
+
+    # --- shares ---
+
+    def share(self, items: Sequence[_Item]) -> Sequence[_Item]:
+        """This process's, of what all processes have in the same order."""
+        return items[self.rank :: self.processes]
+
+    def consecutive_share(self, count: int) -> range:
+        """This process's, of so many things in a row."""
+        first, last = (number * count // self.processes for number in (self.rank, self.rank + 1))
+        return range(first, last)
+
+    def share_on_host(self, items: Sequence[_Item]) -> Sequence[_Item]:
+        """This process's, where those of one machine share its disk, and the work."""
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return items[self._accelerator.local_process_index :: processes]
+
+    # --- what all processes know ---
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Of all processes, joined along the first dimension: on this process's device."""
+        gathered: Tensor = self._accelerator.gather(values.to(self.device))
+        return gathered
+
+    def everyones(self, value: _Item) -> list[_Item]:
+        """A value of every process, in their order."""
+        values: list[_Item] = gather_object([value])
+        return values
+
+    def anywhere(self, *flags: bool) -> list[bool]:
+        """Whether each flag is set on some process: all must leave a loop together."""
+        return [any(each) for each in zip(*self.everyones(flags), strict=True)]
+
+    def mean(self, value: float) -> float:
+        """Over the processes."""
+        values = self.everyones(value)
+        return math.fsum(values) / len(values)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self._accelerator.wait_for_everyone()
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """A reward that fails one process fails all, which would wait for that one in vain.
+
+        Raises:
+            RewardError: on every process.
+        """
+        failure = None
+        try:
+            yield
+        except RewardError as error:
+            failure = error
+        everyones = self.everyones(None if failure is None else str(failure))
+        if failure is not None:
+            raise failure
+        for message in filter(None, everyones):
+            raise RewardError(message)
+
+    # --- optimizing ---
+
+    def prepare(
+        self, network: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The network and the optimizer as all processes use them together."""
+        prepared: Any = self._accelerator.prepare(network, optimizer)
+        return prepared[0], prepared[1]
+
+    def backward(self, loss: Tensor, network: nn.Module, *, exchange: bool) -> None:
+        """Add a loss's gradient; with `exchange`, the processes then average all that they added."""
+        with nullcontext() if exchange else self._accelerator.no_sync(network):
+            self._accelerator.backward(loss)
+
+    def clip_gradient(self, parameters: Sequence[nn.Parameter], largest: float) -> float:
+        """Scale the gradient down to a norm of at most `largest`; returns the norm before."""
+        return float(self._accelerator.clip_grad_norm_(parameters, largest))

@@ -1,0 +1,210 @@
+"""The model under training: optimizer, learning rate, average, reference, update.
+
+Left out: what is maximized (the method's losses) and gradients over processes (`engine.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+
+from treegrpo.config import TrainConfig
+from treegrpo.errors import UserError
+from treegrpo.methods import Credit, Method
+from treegrpo.models.policy import Policy
+from treegrpo.training.collector import Batch
+from treegrpo.training.engine import Engine
+from treegrpo.training.metrics import UpdateMetrics
+
+
+class Learner:
+    """A policy that learns.
+
+    Attributes:
+        policy: its network is the bare one, which alone can be exported, and which samples without
+            waiting for other processes.
+        parameters: those that are trained.
+        optimizer: AdamW over them.
+        average: their moving average, if one is kept.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        method: Method,
+        settings: TrainConfig,
+        engine: Engine,
+        warnings: list[str],
+    ) -> None:
+        """
+        Args:
+            warnings: takes what is to be told.
+        """
+        self.policy, self._method, self._settings, self._engine = policy, method, settings, engine
+        policy.network.eval()  # no dropout: the ratio compares the same function
+        self.parameters = [p for p in policy.network.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            self.parameters,
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self._network, self.optimizer = engine.prepare(policy.network, optimizer)
+        decay = settings.ema_decay
+        self.average = None if decay is None else EMAModel(self.parameters, decay=decay)
+        # With LoRA, the initial model is the network without its adapters.
+        has_copy = method.needs_reference and not policy.uses_lora
+        self._reference = copy.deepcopy(policy.network).requires_grad_(False) if has_copy else None
+        if self._reference is not None and method.reference_on_cpu:
+            self._reference.cpu()
+        self._warnings = warnings
+
+    def update(self, batch: Batch, credit: Credit, iteration: int) -> dict[str, float]:
+        """An iteration's optimizer steps; returns their figures, over all processes.
+
+        Raises:
+            UserError: the model does not reproduce what it sampled with, or training has diverged:
+                the step was not taken.
+        """
+        settings = self._settings
+        rate = self._set_learning_rate(iteration)
+        conditioning = self.policy.encode([prompt.text for prompt in batch.prompts])
+        steps = batch.forest.plan.steps
+        predict = self.policy.predictor(conditioning, steps, self._network)
+        reference = self._at_reference(batch)
+        share = len(batch.prompts) // settings.updates_per_iteration
+        total, first, norms = UpdateMetrics(), None, []
+        for _ in range(settings.inner_epochs):
+            for start in range(0, len(batch.prompts), share):
+                metrics = UpdateMetrics()
+                for loss in self._method.losses(
+                    predict,
+                    batch.forest,
+                    credit,
+                    reference=reference,
+                    prompts=slice(start, start + share),
+                    micro_batch=settings.micro_batch,
+                ):
+                    # Processes exchange gradients once a step, with its last micro-batch.
+                    self._engine.backward(loss.value, self._network, exchange=loss.is_last)
+                    metrics.add(loss)
+                if first is None:
+                    first = self._over_processes(metrics).record()
+                    if iteration == 0:
+                        self._warnings += self._method.check_first_update(first)
+                norms.append(self._step(iteration))
+                total.merge(metrics)
+        everyones = self._over_processes(total)
+        assert first is not None
+        return {
+            **everyones.record(),
+            **{name: first[name] for name in self._method.first_update_metrics},
+            "gradient_norm": sum(norms) / len(norms),
+            "update_forwards": everyones.forwards,
+            "learning_rate": rate,
+        }
+
+    def _step(self, iteration: int) -> float:
+        """Take the optimizer's step; returns the gradient's norm."""
+        norm = self._engine.clip_gradient(self.parameters, self._settings.max_grad_norm)
+        if not math.isfinite(norm):
+            # The weights are still those of before, and worth saving.
+            raise UserError(
+                f"the gradient of iteration {iteration} is not finite: training has diverged; "
+                "continue from an earlier state with a lower train.learning_rate or "
+                "train.max_grad_norm"
+            )
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.step(self.parameters)
+        return norm
+
+    def _set_learning_rate(self, iteration: int) -> float:
+        settings = self._settings
+        factor = min(1.0, (iteration + 1) / (settings.warmup_iterations + 1))
+        if settings.learning_rate_schedule == "linear":
+            factor = min(factor, 1 - iteration / settings.iterations)
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * factor
+        return settings.learning_rate * factor
+
+    def _over_processes(self, own: UpdateMetrics) -> UpdateMetrics:
+        """Of all processes' losses; the loss is their mean, as the gradient is."""
+        everyones = UpdateMetrics()
+        for metrics in self._engine.everyones(own):
+            everyones.merge(metrics)
+        everyones.loss /= self._engine.processes
+        return everyones
+
+    def _at_reference(self, batch: Batch) -> tuple[Tensor, ...] | None:
+        """What the losses need of the initial model."""
+        if not self._method.needs_reference:
+            return None
+        with self._initial_network() as network:
+            conditioning = self.policy.encode([prompt.text for prompt in batch.prompts])
+            predict = self.policy.predictor(conditioning, batch.forest.plan.steps, network)
+            return self._method.reference(
+                predict, batch.forest, self.policy.device, self._settings.micro_batch
+            )
+
+    @contextmanager
+    def _initial_network(self) -> Iterator[nn.Module]:
+        network: Any = self._reference
+        if network is None:
+            network = self.policy.network
+            network.disable_adapters()
+            try:
+                yield network
+            finally:
+                network.enable_adapters()
+            return
+        yield network.to(self.policy.device)
+        if self._method.reference_on_cpu:
+            network.cpu()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place of the trained ones, if an average is kept."""
+        if self.average is None:
+            yield
+            return
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
+        try:
+            yield
+        finally:
+            self.average.restore(self.parameters)
+
+    # --- state ---
+
+    def state_bytes(self) -> int:
+        """About what `state_dict` takes on disk."""
+        trained = sum(p.numel() * p.element_size() for p in self.parameters)
+        return (3 + (self.average is not None)) * trained  # weights, two moments, average
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to continue exactly here."""
+        return {
+            "parameters": [p.detach().cpu() for p in self.parameters],
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what `state_dict` gave."""
+        for parameter, stored in zip(self.parameters, state["parameters"], strict=True):
+            parameter.copy_(stored)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+            self.average.to(self.policy.device)

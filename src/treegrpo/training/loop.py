@@ -1,0 +1,111 @@
+"""The training loop: draw, sample and score, credit, update, keep.
+
+Read `iterate` first: it is the algorithm. `train` repeats it and keeps what comes of it. Left out:
+how each part does its job (`collector.py`, `methods/`, `learner.py`) and making them (`build.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+from treegrpo.checkpoint import check_space
+from treegrpo.config import Config
+from treegrpo.console import Display, stop_signal
+from treegrpo.errors import UserError
+from treegrpo.report.model_card import write_model_card
+from treegrpo.report.run import TrainingResult, describe, write_report
+from treegrpo.rewards import RewardError, closing
+from treegrpo.run_folder import prepare_folder
+from treegrpo.tracking import Tracker
+from treegrpo.training.build import Run, build
+from treegrpo.training.held_out import HeldOut
+from treegrpo.training.metrics import Stopwatch, is_due
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> TrainingResult:
+    """Train as configured; everything about the run is written to `config.output`.
+
+    Raises:
+        UserError: a setting, folder, model or prompt list that cannot be used; nothing was done.
+        RewardError: a reward failed; the state before the failing iteration was saved.
+    """
+    run = build(config, resume=resume)
+    engine, progress, settings = run.engine, run.progress, config.train
+    if engine.is_main:
+        check_space(config.output, run.bytes_on_disk())
+        prepare_folder(config, resume=resume, overwrite=overwrite)
+    engine.wait()
+    tracker = Tracker(config, enabled=engine.is_main)
+    limit = (settings.time_limit_minutes or math.inf) * 60
+    with (
+        Display(settings.iterations, enabled=engine.is_main) as display,
+        stop_signal() as stop,
+        closing(run.rewards),
+    ):
+        display.warn(run.warnings)
+        held_out = HeldOut(run, tracker, resume=resume)
+        display.say(f"before: {describe(held_out.before)}")
+        interrupted, late = engine.anywhere(stop.requested, progress.seconds >= limit)
+        try:
+            while progress.iteration < settings.iterations and not (interrupted or late):
+                record = iterate(run)
+                tracker.metrics(record)
+                display.warn(run.warnings)
+                display.show(record, run.seconds_left(limit))
+                if is_due(config.evaluation.every, progress.iteration):
+                    held_out.measure()
+                if is_due(settings.save_every, progress.iteration):
+                    run.save()
+                interrupted, late = engine.anywhere(stop.requested, progress.seconds >= limit)
+        finally:
+            run.save()
+            if isinstance(sys.exception(), RewardError | UserError):
+                # It is raised on all processes; a launcher ends them all when the first has ended.
+                engine.wait()
+        held_out.measure()
+    result = TrainingResult.of(
+        config.output, held_out.before, held_out.last, vars(progress), interrupted=interrupted
+    )
+    if engine.is_main:
+        write_model_card(run.export(), config, run.policy, result)
+        write_report(config, held_out.before, held_out.last, result, display)
+    tracker.finish()
+    return result
+
+
+def iterate(run: Run) -> dict[str, float]:
+    """One iteration; returns its record.
+
+    Raises:
+        RewardError: a reward failed.
+        UserError: training cannot go on.
+    """
+    progress, watch = run.progress, Stopwatch(run.policy.device)
+    drawn_before = run.sampler.state_dict()
+    try:
+        prompts = run.sampler.next(run.config.rollout.prompts_per_iteration)  # draw
+        plan = run.method.plan(progress.iteration)
+        batch = run.collector.collect(prompts, plan, progress.iteration, watch)  # sample and score
+        credit = run.method.credit(run.collector.scores(batch), batch.forest)  # credit
+        with watch("update"):
+            learned = run.learner.update(batch, credit, progress.iteration)  # update
+    except BaseException:
+        # The iteration did not happen: a resumed run draws these prompts again.
+        run.sampler.load_state_dict(drawn_before)
+        raise
+    times = watch.record()
+    record = {  # keep
+        "iteration": progress.iteration,
+        **run.reward_metrics.record(batch.everyones),
+        **learned,
+        **{name: run.engine.mean(value) for name, value in credit.metrics.items()},
+        **({"window_start": plan.stochastic_steps[0]} if plan.stochastic_steps else {}),
+        "rollout_forwards": batch.forest.forwards * run.engine.processes,
+        **times,
+    }
+    progress.iteration += 1
+    progress.seconds += times["seconds"]
+    progress.rollout_forwards += int(record["rollout_forwards"])
+    progress.update_forwards += int(record["update_forwards"])
+    return record

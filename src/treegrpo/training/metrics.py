@@ -1,0 +1,158 @@
+"""From what an iteration computed to its record: sums, extremes and means over all processes.
+
+Left out: where records go (`tracking.py`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from treegrpo.advantage import without_signal
+from treegrpo.config import Config
+from treegrpo.evaluation.results import Evaluation
+from treegrpo.objective import Loss
+
+
+@dataclass
+class UpdateMetrics:
+    """The figures of losses, added up.
+
+    Attributes:
+        loss: the sum of the losses' values.
+        forwards: rows that went through the model with gradient.
+    """
+
+    loss: float = 0.0
+    forwards: int = 0
+    _sums: dict[str, float] = field(default_factory=dict)
+    _counts: dict[str, int] = field(default_factory=dict)
+    _least: dict[str, float] = field(default_factory=dict)
+    _most: dict[str, float] = field(default_factory=dict)
+
+    def add(self, loss: Loss) -> None:
+        """Count one micro-batch."""
+        scalars = [
+            loss.value.detach().float(),
+            *(values.float().sum() for values in loss.means.values()),
+            *(values.float().min() for values in loss.least.values()),
+            *(values.float().max() for values in loss.most.values()),
+        ]
+        # One transfer from the device for all numbers.
+        numbers = iter(torch.stack(scalars).tolist())
+        self._add(
+            next(numbers),
+            loss.forwards,
+            {name: (next(numbers), values.numel()) for name, values in loss.means.items()},
+            {name: next(numbers) for name in loss.least},
+            {name: next(numbers) for name in loss.most},
+        )
+
+    def merge(self, other: UpdateMetrics) -> None:
+        """Count what another one has counted."""
+        sums = {name: (value, other._counts[name]) for name, value in other._sums.items()}
+        self._add(other.loss, other.forwards, sums, other._least, other._most)
+
+    def _add(
+        self,
+        loss: float,
+        forwards: int,
+        sums: Mapping[str, tuple[float, int]],
+        least: Mapping[str, float],
+        most: Mapping[str, float],
+    ) -> None:
+        self.loss += loss
+        self.forwards += forwards
+        for name, (value, count) in sums.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+            self._counts[name] = self._counts.get(name, 0) + count
+        for name, value in least.items():
+            self._least[name] = min(self._least.get(name, value), value)
+        for name, value in most.items():
+            self._most[name] = max(self._most.get(name, value), value)
+
+    def record(self) -> dict[str, float]:
+        """The loss and each figure: its mean, its least or its most."""
+        means = {name: value / max(self._counts[name], 1) for name, value in self._sums.items()}
+        return {"loss": self.loss, **means, **self._least, **self._most}
+
+
+class RewardMetrics:
+    """Figures of rewards, and of how they have moved since before training.
+
+    Args:
+        config: its rewards, the first trained one of which is "reward", and its accuracy.
+        before: of the untrained model, once it has been measured.
+    """
+
+    def __init__(self, config: Config, before: Evaluation | None = None) -> None:
+        self._main, self._accuracy = config.trained_rewards[0].key, config.accuracy
+        self._before = {} if before is None else before.scores
+
+    def record(self, rewards: Mapping[str, Tensor]) -> dict[str, float]:
+        """Of an iteration.
+
+        Args:
+            rewards: name to [prompts, leaves], of all processes.
+        """
+        record: dict[str, float] = {}
+        for name, values in rewards.items():
+            figures = {
+                "reward": values.mean().item(),
+                "reward_std": values.std(correction=0).item(),
+                "reward_std_within_group": values.std(1, correction=0).mean().item(),
+                "groups_without_signal": without_signal(values).sum().item(),
+            }
+            if name == self._main:
+                record |= figures
+            record |= {f"{key}/{name}": value for key, value in figures.items()}
+            if name in self._before:
+                scores = self._before[name]
+                gain = figures["reward"] - scores.mean().item()
+                std = scores.std(correction=0).item()
+                record[f"reward_normalized/{name}"] = gain / (std or 1.0)
+        if self._accuracy is not None:
+            record["accuracy"] = rewards[self._accuracy].mean().item()
+        return record
+
+
+class Stopwatch:
+    """Seconds per named stage; waits for the device, so that a stage gets its own time.
+
+    Attributes:
+        seconds: by stage.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        """Count what happens inside for a stage."""
+        start = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    @property
+    def total(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._start
+
+    def record(self) -> dict[str, float]:
+        """The total and each stage's seconds."""
+        stages = {f"seconds_{name}": seconds for name, seconds in self.seconds.items()}
+        return {"seconds": self.total, **stages}
+
+
+def is_due(every: int, iteration: int) -> bool:
+    """Whether something is, after so many iterations; 0 is never."""
+    return every > 0 and iteration % every == 0
