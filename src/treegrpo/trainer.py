@@ -37,7 +37,7 @@ from treegrpo.config import Config, RolloutConfig
 from treegrpo.console import Display, stop_signal
 from treegrpo.device import usable_device
 from treegrpo.errors import UserError
-from treegrpo.evaluate import Evaluation, check_prompts, evaluate
+from treegrpo.evaluate import Evaluation, evaluate
 from treegrpo.images import as_pictures, evenly_spaced
 from treegrpo.models.embeddings import cache_folder
 from treegrpo.models.folder import check_trainable
@@ -52,7 +52,7 @@ from treegrpo.plan import RolloutPlan, WindowSchedule
 from treegrpo.prompts import Prompt, PromptSampler, load_train_and_held_out, overlap
 from treegrpo.report.model_card import write_model_card
 from treegrpo.report.run import RunLog, TrainingResult, describe, write_report, write_versions
-from treegrpo.rewards import Reward, RewardError, closing, load_reward, score
+from treegrpo.rewards import Reward, RewardError, check_prompts, closing, load_reward, score
 from treegrpo.rollout import Predict, Rollout, join, rollout
 from treegrpo.transition import transitions
 
