@@ -25,15 +25,16 @@ import pytest
 import torch
 from PIL import Image
 
-from treegrpo import serve_reward
 from treegrpo.errors import UserError
 from treegrpo.miniature.scenes import all_compositions, place, render
-from treegrpo.rewards import RewardError, http, load_reward, score
+from treegrpo.rewards import RewardError, http, load_reward, protocol, score
+from treegrpo.rewards import server as reward_server
 from treegrpo.rewards.composition import composition
 from treegrpo.rewards.http import ServerError
-from treegrpo.rewards.remote import Remote, to_png
+from treegrpo.rewards.protocol import to_png
+from treegrpo.rewards.remote import Remote
+from treegrpo.rewards.server import RewardServer
 from treegrpo.rewards.vlm_judge import VLMJudge, parse_score
-from treegrpo.serve_reward import RewardServer
 
 PATIENCE = 120.0  # seconds; reached only where a test fails
 
@@ -63,9 +64,15 @@ def brightness(images: torch.Tensor, prompts: list[str], metadata: object) -> to
 
 @contextmanager
 def serving(reward: Any = brightness, port: int = 0, **settings: Any) -> Iterator[RewardServer]:
-    server = RewardServer(("127.0.0.1", port), "a reward", reward, **settings)
-    with running(server):
-        yield server
+    with socket.create_server(("127.0.0.1", port)) as listener:
+        server = RewardServer(listener, "a reward", reward, **settings)
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 Behavior = Callable[["ScriptedHandler", Any], None]
@@ -266,23 +273,53 @@ def test_server_calls_its_reward_one_batch_at_a_time() -> None:
         Remote(server.url, batch_size=1, concurrency=6)(images, prompts, None)
 
 
-def test_server_does_not_work_for_clients_that_left() -> None:
-    calls: list[list[str]] = []
+class Held:
+    """Scores 0 once it is released; `calls` are the prompts that it was asked about."""
 
-    def recorder(images: torch.Tensor, prompts: list[str], metadata: object) -> list[float]:
-        calls.append(prompts)
+    def __init__(self) -> None:
+        self.calls: list[list[str]] = []
+        self.asked, self.released = threading.Event(), threading.Event()
+
+    def __call__(self, images: torch.Tensor, prompts: list[str], metadata: object) -> list[float]:
+        self.calls.append(prompts)
+        self.asked.set()
+        assert self.released.wait(PATIENCE)
         return [0.0] * len(prompts)
 
+
+# Of the larger one the server has not taken everything from the connection when it waits its turn.
+@pytest.mark.parametrize("size", [4, 500])
+def test_server_does_not_work_for_clients_that_left(size: int) -> None:
+    images = torch.rand(1, 3, size, size)
+    reward = Held()
+    with serving(reward) as server, ThreadPoolExecutor(1) as pool:
+        patient = pool.submit(Remote(server.url), images, ["first"], None)
+        assert reward.asked.wait(PATIENCE)
+        hasty = Remote(server.url, timeout_seconds=0.2, give_up_after_seconds=0)
+        with pytest.raises(ServerError, match="ReadTimeout"):
+            hasty(images, ["left"], None)
+        hasty._endpoint._client.close()
+        reward.released.set()
+        assert patient.result(PATIENCE) == [0.0]
+        Remote(server.url)(images, ["last"], None)
+    assert reward.calls == [["first"], ["last"]]
+
+
+def test_a_stopping_server_finishes_its_batch_and_turns_away_what_waits() -> None:
     images, prompts = gray(1)
-    with serving(recorder) as server:
-        with server.model_lock:  # busy with someone else's batch
-            hasty = Remote(server.url, timeout_seconds=0.2, give_up_after_seconds=0)
-            with pytest.raises(ServerError, match="ReadTimeout"):
-                hasty(images, ["left"], None)
-            hasty._endpoint._client.close()
-        Remote(server.url)(images, prompts, None)
-        server.finish()
-    assert calls == [prompts]
+    reward = Held()
+    with serving(reward) as server, ThreadPoolExecutor(2) as pool:
+        begun = pool.submit(Remote(server.url), images, prompts, None)
+        assert reward.asked.wait(PATIENCE)
+        waiting = pool.submit(Remote(server.url, give_up_after_seconds=0), images, ["late"], None)
+        while not server._turn._waiters:
+            assert not waiting.done()
+        server.should_exit = True
+        reward.released.set()
+        assert begun.result(PATIENCE) == [0.0]
+        with pytest.raises(ServerError, match="HTTP 503: the server is stopping"):
+            waiting.result(PATIENCE)
+    assert reward.calls == [prompts]
 
 
 # --- failures that pass ---
@@ -588,8 +625,8 @@ def png(size: tuple[int, int] = (4, 4), mode: str = "RGB") -> str:
 def test_server_says_what_is_wrong_with_a_request(
     changes: dict[str, Any], status: int, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serve_reward, "MAX_PIXELS", 2 * 30 * 30)
-    monkeypatch.setattr(serve_reward, "MAX_BODY_BYTES", 9000)
+    monkeypatch.setattr(protocol, "MAX_PIXELS", 2 * 30 * 30)
+    monkeypatch.setattr(reward_server, "MAX_BODY_BYTES", 9000)
     request = {"version": 1, "images": [png()] * 2, "prompts": ["a", "b"], "metadata": None}
     with serving(max_batch=3) as server, httpx2.Client() as client:
         answer = client.post(f"{server.url}/score", json={**request, **changes})
@@ -650,7 +687,7 @@ def test_a_process_serves_and_finishes_what_it_has_begun(
     monkeypatch.setenv("SERVER_TOKEN", "hunter2")
     (tmp_path / "slow.py").write_text(SLOW_REWARD)
     code = """
-from treegrpo.serve_reward import serve
+from treegrpo.rewards.server import serve
 serve("slow:Slow", {"factor": 2.0}, port=0, token_env="SERVER_TOKEN", device="cpu")
 """
     with subprocess.Popen(
@@ -678,7 +715,7 @@ serve("slow:Slow", {"factor": 2.0}, port=0, token_env="SERVER_TOKEN", device="cp
 
 def test_an_address_in_use_is_refused_before_the_reward_is_loaded() -> None:
     with serving() as server, pytest.raises(UserError, match="--host and --port: cannot listen on"):
-        serve_reward.serve("no_such:reward", {}, port=server.server_address[1])
+        reward_server.serve("no_such:reward", {}, port=int(server.url.rpartition(":")[2]))
 
 
 # --- the judge ---
@@ -845,7 +882,7 @@ def test_judge_checks_itself_before_a_run() -> None:
 
 def test_importing_them_imports_nothing_heavy() -> None:
     code = """
-import sys, treegrpo.rewards.remote, treegrpo.rewards.vlm_judge, treegrpo.serve_reward
+import sys, treegrpo.rewards.remote, treegrpo.rewards.vlm_judge, treegrpo.rewards.server
 print(*{"torch", "diffusers", "transformers", "scipy", "PIL", "numpy"} & set(sys.modules))
 """
     result = subprocess.run(

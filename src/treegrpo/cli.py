@@ -350,7 +350,7 @@ def serve_reward_(
         options[key] = parse_yaml(value, f"--option {key}")
     _check_reward(name, "NAME", options)
 
-    from treegrpo.serve_reward import serve
+    from treegrpo.rewards.server import serve
 
     serve(
         name,

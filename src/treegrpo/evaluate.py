@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from treegrpo.device import default_device
-from treegrpo.errors import UserError
 from treegrpo.images import as_pictures, middle_frames
 from treegrpo.models.embeddings import cache_folder
 from treegrpo.models.folder import ModelError
 from treegrpo.models.policy import Policy, load_weights, open_policy
 from treegrpo.plan import RolloutPlan
 from treegrpo.prompts import Prompt
-from treegrpo.rewards import Reward, RewardError, closing, load_reward, score
+from treegrpo.rewards import Reward, RewardError, check_prompts, closing, load_reward, score
 from treegrpo.rollout import rollout
 from treegrpo.transition import transitions
 from treegrpo.versions import versions
@@ -394,28 +393,6 @@ def _writing(json_file: Path | None, comparison: Comparison) -> Iterator[Callabl
         yield write
     finally:
         write(pause=0)
-
-
-def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:
-    """Let each reward refuse prompts that it cannot score.
-
-    Raises:
-        UserError: names the reward and the prompt.
-    """
-    texts = [prompt.text for prompt in prompts]
-    metadata = [dict(prompt.metadata) for prompt in prompts]
-    for name, reward in rewards.items():
-        check = getattr(reward, "check", None)
-        if check is not None:
-            try:
-                check(texts, metadata)
-            except UserError as error:
-                raise UserError(f"reward {name!r}: {error}") from error
-            except Exception as error:
-                raise UserError(
-                    f"reward {name!r}: its check of the prompts raised {type(error).__name__}: "
-                    f"{error}"
-                ) from error
 
 
 def _open(

@@ -1,41 +1,22 @@
 """A reward on another machine, asked by HTTP.
 
-The protocol is JSON with the pictures as PNG; `treegrpo serve-reward` speaks it, and so does any
-server with these two paths:
-
-    POST {url}/score   {"version": 1,
-                        "images": ["<base64 PNG>", ...],  # 8-bit RGB, all of one size
-                        "prompts": ["a red circle", ...],
-                        "metadata": [{...}, ...] or null}
-                   200 {"scores": [0.5, ...]}             # one finite number per image
-                   4xx, 5xx {"error": "why"}
-    GET {url}/health
-                   200 {"version": 1, "name": "composition", "checks": false}
-
-A server whose reward cannot score every prompt says `"checks": true` and has a third one, which is
-asked about all of a run's prompts before it begins:
-
-    POST {url}/check   {"version": 1, "prompts": [...], "metadata": [{...}, ...] or null}
-                   200 {"problem": null}                  # or what is wrong with which prompt
+Left out: the protocol (`treegrpo.rewards.protocol`), patience with servers that are away
+(`treegrpo.rewards.http`), and starting a server (`treegrpo serve-reward`).
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from base64 import b64encode
-from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError
 from treegrpo.rewards.http import Endpoint, ServerError, check_number
+from treegrpo.rewards.protocol import VERSION, to_pixels, to_png
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
     from torch import Tensor
 
-VERSION = 1
 PROMPTS_PER_CHECK = 10_000
 
 
@@ -168,26 +149,3 @@ class Remote:
             if not abs(score) <= sys.float_info.max:  # compares NaN and huge integers, too
                 raise ServerError(f"{what} {score} for the prompt {prompt!r}: not finite")
         return scores
-
-
-def to_pixels(images: Tensor) -> NDArray[np.uint8]:
-    """Float [N, 3, H, W] in [0, 1] on any device to uint8 [N, H, W, 3], rounded.
-
-    By numpy: a torch operation outside the main thread would start a second team of OpenMP threads,
-    and with more threads than cores the main thread's operations, the rollout, take a third longer.
-    """
-    import numpy as np
-
-    levels = np.rint(images.detach().float().cpu().numpy() * 255).clip(0, 255)
-    return np.moveaxis(levels.astype(np.uint8), 1, -1)
-
-
-def to_png(pixels: NDArray[np.uint8]) -> str:
-    """A picture, uint8 [H, W, 3], as PNG in base64."""
-    import numpy as np
-    from PIL import Image
-
-    file = BytesIO()
-    # Higher levels take five times as long for files a tenth smaller.
-    Image.fromarray(np.ascontiguousarray(pixels)).save(file, format="PNG", compress_level=1)
-    return b64encode(file.getvalue()).decode("ascii")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError
 from treegrpo.rewards.http import Endpoint, ServerError, check_number
-from treegrpo.rewards.remote import to_pixels, to_png
+from treegrpo.rewards.protocol import to_pixels, to_png
 
 if TYPE_CHECKING:
     import numpy as np

@@ -1,0 +1,181 @@
+"""Asking a reward without trusting it.
+
+Left out: how rewards are named and made, which is in `treegrpo.rewards.registry`; what becomes of
+scores, which is the algorithm's (`treegrpo.advantage`).
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from treegrpo.errors import UserError
+from treegrpo.images import evenly_spaced, to_uint8
+from treegrpo.rewards.registry import Reward
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from treegrpo.prompts import Prompt
+
+
+class RewardError(RuntimeError):
+    """A reward failed, or returned something that is not one finite number per image."""
+
+
+def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:
+    """Let each reward refuse prompts that it cannot score.
+
+    Raises:
+        UserError: names the reward and the prompt.
+    """
+    texts = [prompt.text for prompt in prompts]
+    metadata = [dict(prompt.metadata) for prompt in prompts]
+    for name, reward in rewards.items():
+        check = getattr(reward, "check", None)
+        if check is not None:
+            try:
+                check(texts, metadata)
+            except UserError as error:
+                raise UserError(f"reward {name!r}: {error}") from error
+            except Exception as error:
+                raise UserError(
+                    f"reward {name!r}: its check of the prompts raised {type(error).__name__}: "
+                    f"{error}"
+                ) from error
+
+
+@contextmanager
+def closing(rewards: Mapping[str, Reward]) -> Iterator[None]:
+    """On a failure, let rewards give up what they are waiting for."""
+    try:
+        yield
+    except BaseException:
+        for reward in rewards.values():
+            with suppress(Exception):  # the failure itself must be told
+                getattr(reward, "close", lambda: None)()
+        raise
+
+
+def score(
+    name: str,
+    reward: Reward,
+    images: Tensor,
+    prompts: list[str],
+    metadata: list[dict[str, Any]] | None,
+    keep_folder: Path | None,
+    frames: int = 1,
+) -> Tensor:
+    """Ask a reward and check its answer: float32 [N] on the images' device.
+
+    A video's score is the mean over some of its frames, each scored as an image.
+
+    Args:
+        name: the reward's name in error messages.
+        reward: the reward.
+        images: from `as_pictures`, [N, 3, H, W], or videos [N, all frames, 3, H, W].
+        prompts: one per image.
+        metadata: one dict per image, or None.
+        keep_folder: where the images and prompts of a failed batch are saved, if anywhere.
+        frames: of a video, evenly spaced, that are asked about.
+
+    Raises:
+        RewardError: the reward raised, or did not return N finite numbers. The message names the
+            reward, the prompt and the value, and where the images are.
+    """
+    import torch
+
+    if images.dim() == 5:
+        chosen = evenly_spaced(images.shape[1], frames)
+        repeated = [prompt for prompt in prompts for _ in chosen]
+        each = None if metadata is None else [one for one in metadata for _ in chosen]
+        flat = images[:, chosen].flatten(0, 1)
+        values = score(name, reward, flat, repeated, each, keep_folder)
+        return values.view(len(images), len(chosen)).mean(1)
+
+    def failure(problem: str) -> RewardError:
+        kept = _keep(name, images, prompts, keep_folder) if keep_folder else "were not kept"
+        return RewardError(f"reward {name!r} {problem}; the batch's images {kept}")
+
+    of_prompts = f"for {len(prompts)} prompts, of which the first is {prompts[:1]}"
+    given = images
+    if not _is_ours(reward):
+        # Whatever it writes into what it is given is its own: other rewards get the same.
+        given, metadata = images.clone(), copy.deepcopy(metadata)
+    try:
+        with torch.no_grad():
+            answer = reward(given, list(prompts), metadata)
+    except Exception as error:
+        raise failure(f"raised {type(error).__name__} {of_prompts}: {error}") from error
+    try:
+        scores = _as_tensor(answer)
+    except Exception as error:
+        raise failure(
+            f"returned {type(answer).__name__} {_shortened(answer)} {of_prompts}; expected "
+            f"{len(images)} numbers ({type(error).__name__}: {error})"
+        ) from error
+    if scores.shape != (len(images),) or scores.is_complex():
+        raise failure(
+            f"returned {str(scores.dtype).removeprefix('torch.')} of shape {list(scores.shape)} "
+            f"{of_prompts}; expected real numbers of shape [{len(images)}]"
+        )
+    scores = scores.float().to(images.device)
+    faults = (~scores.isfinite()).nonzero().flatten().tolist()
+    if faults:
+        raise failure(
+            f"returned {scores[faults[0]].item()} for the prompt {prompts[faults[0]]!r} "
+            f"(image {faults[0]} of {len(images)}; {len(faults)} of the values are not finite)"
+        )
+    return scores
+
+
+def _is_ours(reward: Reward) -> bool:
+    kind = reward if inspect.isfunction(reward) else type(reward)
+    return kind.__module__.startswith("treegrpo.")
+
+
+def _as_tensor(answer: Any) -> Tensor:
+    """A reward's answer, copied: its own buffer may hold the next answer soon."""
+    import numpy as np
+    import torch
+
+    try:
+        scores = torch.as_tensor(answer)
+    except (TypeError, ValueError):
+        if not hasattr(answer, "__array__"):
+            raise
+        # An array with a negative stride or a foreign byte order, or of objects; a table's column.
+        scores = torch.from_numpy(np.array(answer, dtype=np.float64))
+    return scores.detach().clone()
+
+
+def _shortened(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _keep(name: str, images: Tensor, prompts: list[str], folder: Path) -> str:
+    """Save a failed batch and say where; a full disk must not hide the reward's own failure."""
+    import numpy as np
+
+    pixels = to_uint8(images)
+    stem = re.sub(r"[^\w.-]", "_", name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count():
+            path = folder / f"{stem}-{number}.npz"
+            try:
+                with path.open("xb") as file:
+                    np.savez_compressed(file, images=pixels.cpu().numpy(), prompts=prompts)
+                break
+            except FileExistsError:
+                continue
+    except OSError as error:
+        return f"could not be saved ({error})"
+    return f"and prompts are in {path}"
