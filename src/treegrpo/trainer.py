@@ -37,7 +37,8 @@ from treegrpo.config import Config, RolloutConfig
 from treegrpo.console import Display, stop_signal
 from treegrpo.device import usable_device
 from treegrpo.errors import UserError
-from treegrpo.evaluate import Evaluation, check_prompts, evaluate
+from treegrpo.evaluation.measure import check_prompts, evaluate
+from treegrpo.evaluation.results import Evaluation
 from treegrpo.images import as_pictures, evenly_spaced
 from treegrpo.models.embeddings import cache_folder
 from treegrpo.models.folder import check_trainable
