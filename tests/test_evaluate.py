@@ -22,12 +22,15 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from treegrpo import cli, evaluate
+from treegrpo import cli
 from treegrpo.errors import UserError
+from treegrpo.evaluation import pair
+from treegrpo.evaluation.results import compare
+from treegrpo.evaluation.sampling import sample
 from treegrpo.models.policy import load_policy
 from treegrpo.report import comparison
-from treegrpo.report.comparison import compare
 
+Run = Callable[..., tuple[int, str, str]]
 REWARD = f"{__name__}:weighted_brightness"
 
 
@@ -69,9 +72,7 @@ def _own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def treegrpo(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
+def treegrpo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
     """Runs `treegrpo evaluate`: the exit code, standard output and standard error."""
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -124,7 +125,7 @@ def test_figures_are_those_of_the_formulas() -> None:
     assert single.standard_error is single.normalized_score is None
 
 
-def test_a_model_is_exactly_as_good_as_itself(treegrpo, tiny_checkpoint: Path) -> None:
+def test_a_model_is_exactly_as_good_as_itself(treegrpo: Run, tiny_checkpoint: Path) -> None:
     rewards = ("--rewards", f"composition,{REWARD}", "--reward", "jpeg_compressibility")
     code, out, _ = treegrpo(
         tiny_checkpoint, "--base", tiny_checkpoint, *SHORT, *rewards, "--seeds", 2, "--json", "a"
@@ -143,14 +144,14 @@ def test_a_model_is_exactly_as_good_as_itself(treegrpo, tiny_checkpoint: Path) -
         assert len(set(scores["trained"])) == 2  # the seeds' noises are independent
 
 
-def test_scores_are_those_of_the_images(treegrpo, tiny_checkpoint: Path) -> None:
+def test_scores_are_those_of_the_images(treegrpo: Run, tiny_checkpoint: Path) -> None:
     treegrpo(tiny_checkpoint, *SHORT, "--reward", REWARD, "--seeds", 2, "--json", "scores.json")
     summary = json.loads(Path("scores.json").read_text())
     assert summary["base"] is None
     policy = load_policy(str(tiny_checkpoint), device=torch.device("cpu"))
     prompts = [one["prompt"] for one in summary["per_prompt"]]
     for seed in range(2):
-        images = evaluate.sample(
+        images = sample(
             policy,
             prompts,
             images_per_prompt=1,
@@ -164,7 +165,7 @@ def test_scores_are_those_of_the_images(treegrpo, tiny_checkpoint: Path) -> None
         assert scores == pytest.approx(means.tolist(), abs=2e-6)
 
 
-def test_rewards_get_their_options(treegrpo, tiny_checkpoint: Path) -> None:
+def test_rewards_get_their_options(treegrpo: Run, tiny_checkpoint: Path) -> None:
     name = f"{__name__}:RefusesColor"
     options = {name: {"color": "pink"}}
     Path("options.yaml").write_text(yaml.safe_dump(options))
@@ -174,7 +175,7 @@ def test_rewards_get_their_options(treegrpo, tiny_checkpoint: Path) -> None:
     assert json.loads(Path("s.json").read_text())["reward_options"] == options
 
 
-def test_a_known_shift_gives_known_figures(treegrpo, gray: Callable[..., Path]) -> None:
+def test_a_known_shift_gives_known_figures(treegrpo: Run, gray: Callable[..., Path]) -> None:
     weights = {"plain": 1.0, "nothing": 0.0, "reversed": -1.0, "double": 2.0}
     lines = [json.dumps({"text": text, "weight": weight}) for text, weight in weights.items()]
     Path("prompts.jsonl").write_text("\n".join(lines))
@@ -216,7 +217,7 @@ def lora_export(base: Path, folder: Path) -> Path:
     return folder
 
 
-def test_adapters_are_compared_with_their_checkpoint(treegrpo, tiny_checkpoint: Path) -> None:
+def test_adapters_are_compared_with_their_checkpoint(treegrpo: Run, tiny_checkpoint: Path) -> None:
     model = lora_export(tiny_checkpoint, Path("adapters"))
     code, out, _ = treegrpo(model, *SHORT, "--reward", REWARD, "--json", "s.json")
     assert code == 0
@@ -227,7 +228,7 @@ def test_adapters_are_compared_with_their_checkpoint(treegrpo, tiny_checkpoint: 
 
 
 def test_a_runs_model_is_compared_with_what_it_was_trained_from(
-    treegrpo, tiny_checkpoint: Path
+    treegrpo: Run, tiny_checkpoint: Path
 ) -> None:
     shutil.copytree(tiny_checkpoint, "runs/x/model")
     sampling = {"steps": 3, "height": 48, "width": 16}  # as it was trained
@@ -276,7 +277,9 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_shows_both_images_of_every_prompt(treegrpo, gray: Callable[..., Path]) -> None:
+def test_the_page_shows_both_images_of_every_prompt(
+    treegrpo: Run, gray: Callable[..., Path]
+) -> None:
     prompts = ['a "red" circle <script>alert(1)</script>', "blue & green"]
     Path("prompts.txt").write_text("\n".join(prompts))
     code, out, _ = treegrpo(
@@ -299,7 +302,7 @@ def test_the_page_shows_both_images_of_every_prompt(treegrpo, gray: Callable[...
 
 
 def test_a_page_of_many_prompts_says_which_it_shows(
-    treegrpo, gray: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    treegrpo: Run, gray: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(comparison, "PICTURED_PROMPTS", 2)
     Path("prompts.txt").write_text("\n".join("abcdef"))
@@ -323,7 +326,7 @@ def test_large_images_become_small_files() -> None:
     assert (kind, image.size) == ("data:image/jpeg", (320, 160))
 
 
-def test_a_videos_middle_frame_is_shown(treegrpo) -> None:
+def test_a_videos_middle_frame_is_shown(treegrpo: Run) -> None:
     tiny_checkpoints.wan.build(Path("wan"))
     Path("prompts.txt").write_text("a cat")
     arguments = ("--prompts", "prompts.txt", "--images-per-prompt", 1, "--steps", 2)
@@ -331,7 +334,7 @@ def test_a_videos_middle_frame_is_shown(treegrpo) -> None:
     assert code == 0
     policy = load_policy("wan", device=torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)
-    (video,) = evaluate.sample(
+    (video,) = sample(
         policy, ["a cat"], images_per_prompt=1, steps=2, generator=generator, max_batch=1
     )[0]
     assert len(video) == 5
@@ -344,7 +347,7 @@ def test_a_videos_middle_frame_is_shown(treegrpo) -> None:
 
 
 def test_a_failing_reward_costs_neither_the_others_nor_its_own_scores(
-    treegrpo, gray: Callable[..., Path]
+    treegrpo: Run, gray: Callable[..., Path]
 ) -> None:
     failing = f"{__name__}:fails_on_bright_images"
     code, out, err = treegrpo(
@@ -382,7 +385,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*arguments: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(evaluate, "load_weights", load)
+    monkeypatch.setattr(pair, "load_weights", load)
 
 
 @pytest.mark.parametrize(
@@ -419,7 +422,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_mistakes_are_refused_before_weights_are_read(
     arguments: list[str],
     message: str,
-    treegrpo,
+    treegrpo: Run,
     tiny_checkpoint: Path,
     no_weights: None,
     monkeypatch: pytest.MonkeyPatch,

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import Case
 
 from treegrpo import cli
-from treegrpo.evaluate import sample
+from treegrpo.evaluation.sampling import sample
 from treegrpo.models.folder import SAMPLING_FILE, ModelError
 from treegrpo.models.policy import Policy, load_policy, open_policy
 

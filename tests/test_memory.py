@@ -13,10 +13,10 @@ import torch
 from command_line import CommandLine
 from torch import Tensor
 
+from treegrpo.commands.plan import count_work, parse_memory
 from treegrpo.config import Config, load_config
 from treegrpo.memory import Measurements, PeakBytes, count_states, estimate, suggest
 from treegrpo.plan import RolloutPlan, flow_grpo, mix_grpo, tree_grpo
-from treegrpo.plan_command import count_work, parse_memory
 from treegrpo.rollout import rollout
 from treegrpo.trainer import Trainer
 from treegrpo.transition import flow_schedule, transitions

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from treegrpo.evaluate import evaluate
+from treegrpo.evaluation.measure import evaluate
 from treegrpo.miniature import scenes
 from treegrpo.models.folder import resolve
 from treegrpo.models.policy import load_policy
@@ -68,8 +68,10 @@ def test_the_checkpoint_is_small_and_an_honest_base_model() -> None:
     policy = load_policy("miniature", device=torch.device("cpu"))
     accuracy = {"accuracy": load_reward("composition_accuracy")}
     prompts = load_prompts("miniature", "held_out")
+    rows: list[int] = []
+    policy.network.register_forward_hook(lambda *given: rows.append(len(given[-1][0])))
     result = evaluate(
         policy, prompts, accuracy, images_per_prompt=2, steps=10, seed=1, max_batch=256
     )
     assert 0.35 < result.mean("accuracy") < 0.65
-    assert result.forwards == len(prompts) * 2 * 10
+    assert sum(rows) == len(prompts) * 2 * 10

@@ -14,7 +14,7 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
 from treegrpo.config import load_config
-from treegrpo.evaluate import sample
+from treegrpo.evaluation.sampling import sample
 from treegrpo.models.folder import ModelError
 from treegrpo.models.policy import Policy, load_policy
 from treegrpo.objective import losses

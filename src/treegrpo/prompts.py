@@ -12,10 +12,13 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from treegrpo.errors import UserError
 from treegrpo.textfile import read_utf8
+
+if TYPE_CHECKING:
+    from treegrpo.config import PromptsConfig
 
 Split = Literal["train", "held_out"]
 
@@ -86,7 +89,7 @@ def load_prompts(source: str, split: Split, column: str = "prompt") -> list[Prom
     return list(prompts.values())
 
 
-def load_train_and_held_out(settings: PromptsConfig) -> tuple[list[Prompt], list[Prompt]]:
+def load_train_and_held_out(settings: "PromptsConfig") -> tuple[list[Prompt], list[Prompt]]:
     """Training and held-out prompts of a run.
 
     Without a source of their own, held-out prompts are the embedded ones where the miniature's are

@@ -1,7 +1,8 @@
 """What `treegrpo evaluate` reports: a model beside its base, as a table, as JSON and as a page.
 
-Both models draw every prompt from the same noises, so their scores come in pairs. The page is one
-HTML file with its images inside; it loads nothing.
+The page is one HTML file with its images inside; it loads nothing.
+
+Left out: scores and figures (`evaluation/`), the pictures of a training run (`pictures.py`).
 """
 
 from __future__ import annotations
@@ -10,30 +11,19 @@ import base64
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
 from treegrpo.checkpoint import write_atomically
+from treegrpo.evaluation.results import BASE, TRAINED, Comparison
 from treegrpo.images import evenly_spaced, to_uint8
 from treegrpo.report import style
-
-BASE, TRAINED = "base", "trained"
-
-# The r_max of normalized scores: TreeGRPO's (arXiv 2512.08153, figure 1), then those of shares.
-BEST_SCORES = {
-    "hpsv2": 1.0,
-    "image_reward": 2.0,
-    "aesthetic": 10.0,
-    "clip_score": 1.0,
-    **dict.fromkeys(("composition", "composition_accuracy", "geneval", "ocr", "vlm_judge"), 1.0),
-}
 
 PICTURED_PROMPTS = 64
 PICTURED_PAIRS = 2
@@ -42,112 +32,6 @@ _THUMBNAIL = 320
 """Pixels of a picture's longer side in the page, at most."""
 _PIXELATED = 128
 """Pictures up to this size stay lossless and are enlarged without smoothing."""
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Of one reward.
-
-    Standard errors are over prompts, since images of one prompt are not independent; with a single
-    prompt they are None. Without a base, all that compares is None.
-
-    Attributes:
-        mean, base_mean: over prompts and noises.
-        difference: trained minus base; its error is that of the prompts' differences.
-        win_rate: share of pairs in which the trained model scores higher; ties count half.
-        normalized_score: (mean - base_mean) / (best score - base_mean), where the best is known.
-    """
-
-    mean: float
-    standard_error: float | None
-    base_mean: float | None = None
-    base_standard_error: float | None = None
-    difference: float | None = None
-    difference_standard_error: float | None = None
-    win_rate: float | None = None
-    win_rate_standard_error: float | None = None
-    normalized_score: float | None = None
-
-
-def compare(trained: Tensor, base: Tensor | None, best: float | None = None) -> Figures:
-    """Compare scores [prompts, noises].
-
-    Args:
-        best: the highest score there is, for the normalized score.
-    """
-    mean, error = _mean_and_error(trained)
-    if base is None:
-        return Figures(mean, error)
-    base_mean, base_error = _mean_and_error(base)
-    wins = (trained > base).double() + 0.5 * (trained == base).double()
-    normalized = None
-    if best is not None and base_mean < best:
-        normalized = (mean - base_mean) / (best - base_mean)
-    return Figures(
-        mean,
-        error,
-        base_mean,
-        base_error,
-        *_mean_and_error(trained - base),
-        *_mean_and_error(wins),
-        normalized,
-    )
-
-
-def _mean_and_error(values: Tensor) -> tuple[float, float | None]:
-    means = values.double().mean(1)
-    error = (means.std() / len(means) ** 0.5).item() if len(means) > 1 else None
-    return means.mean().item(), error
-
-
-@dataclass
-class Comparison:
-    """Scores of a model, and of its base if it has one; they fill up while they are measured.
-
-    Attributes:
-        model, base: as the user names them.
-        prompts: P texts.
-        settings: how the images are made; for JSON.
-        scores: reward to model (`BASE`, `TRAINED`) to float64 [P, noises]; not yet scored is NaN.
-        failures: reward to what went wrong.
-    """
-
-    model: str
-    base: str | None
-    prompts: tuple[str, ...]
-    settings: Mapping[str, Any]
-    scores: dict[str, dict[str, Tensor]]
-    failures: dict[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def empty(
-        cls,
-        model: str,
-        base: str | None,
-        prompts: Sequence[str],
-        rewards: Sequence[str],
-        noises: int,
-        settings: Mapping[str, Any],
-    ) -> Comparison:
-        shape, roles = (len(prompts), noises), [TRAINED] if base is None else [BASE, TRAINED]
-        scores = {
-            reward: {role: torch.full(shape, torch.nan, dtype=torch.float64) for role in roles}
-            for reward in rewards
-        }
-        return cls(model, base, tuple(prompts), settings, scores)
-
-    @property
-    def roles(self) -> list[str]:
-        """The models that are scored, in that order."""
-        return [TRAINED] if self.base is None else [BASE, TRAINED]
-
-    def figures(self) -> dict[str, Figures]:
-        """Of the rewards that have scored every image."""
-        return {
-            reward: compare(models[TRAINED], models.get(BASE), BEST_SCORES.get(reward))
-            for reward, models in self.scores.items()
-            if all(scores.isfinite().all() for scores in models.values())
-        }
 
 
 # --- table and JSON ---
@@ -246,7 +130,7 @@ def pictured(prompts: int) -> list[int]:
 
 
 def thumbnail(image: Tensor) -> str:
-    """float [3, H, W] in [0, 1] as a data URI."""
+    """A data URI of an image, float [3, H, W] in [0, 1]."""
     pixels = to_uint8(image).permute(1, 2, 0)
     picture, file = Image.fromarray(pixels.cpu().numpy()), io.BytesIO()
     kind = "png" if max(picture.size) <= _PIXELATED else "jpeg"
@@ -259,6 +143,8 @@ def write_page(path: Path, comparison: Comparison, pictures: Pictures) -> None:
     """Write the HTML file.
 
     Args:
+        path: the file.
+        comparison: the scores.
         pictures: of `pictured` prompts, each with as many of every model.
     """
     title = f"{comparison.model} against {comparison.base}" if comparison.base else comparison.model
@@ -352,7 +238,10 @@ def _card(
     """A prompt's images and scores.
 
     Args:
+        comparison: the scores.
         usual: reward to the size of a pair's difference beyond which it is worth a color.
+        index: of the prompt.
+        images: by model.
     """
     scores = {
         reward: {role: values[index].tolist() for role, values in comparison.scores[reward].items()}

@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from treegrpo import checkpoint
 from treegrpo.config import Config
 from treegrpo.console import Display
-from treegrpo.evaluate import Evaluation
+from treegrpo.evaluation.results import Evaluation
 from treegrpo.report.pictures import before_after, training_curve
 from treegrpo.versions import versions
 

@@ -1,7 +1,8 @@
 """`treegrpo plan`: what an iteration of a configuration takes of forwards and of memory.
 
-Nothing is trained and no weight is read. Imports torch only to work, so that mistakes answer at
-once.
+Nothing is trained and no weight is read.
+
+Left out: how memory is estimated and settings are sought (`memory/`).
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from treegrpo.commands.arguments import check_model, check_output, read_config
 from treegrpo.config import Config
 from treegrpo.console import plain_console
 from treegrpo.errors import UserError
+from treegrpo.models.folder import check_trainable
 
 if TYPE_CHECKING:
     from treegrpo.memory import Advice, Estimate
@@ -68,8 +71,9 @@ class WindowWork:
 
 @dataclass(frozen=True)
 class Work:
-    """Of an iteration. A forward is one row through the network; classifier-free guidance makes two
-    rows of it.
+    """Of an iteration.
+
+    A forward is one row through the network; classifier-free guidance makes two rows of it.
 
     Attributes:
         windows: by the window's start.
@@ -98,8 +102,14 @@ class Work:
 
 
 def count_work(config: Config, *, guided: bool, processes: int = 1) -> Work:
-    """The forwards of an iteration: under the random window its mean over the distribution, else
-    over the run's iterations.
+    """The forwards of an iteration, on average.
+
+    Under the random window the average is over its distribution, else over the run's iterations.
+
+    Args:
+        config: of the run.
+        guided: whether classifier-free guidance makes two rows of each forward.
+        processes: which share the prompts.
 
     Raises:
         PlanError: the window or the leaves do not fit.
@@ -134,26 +144,34 @@ def count_work(config: Config, *, guided: bool, processes: int = 1) -> Work:
 
 
 def plan_command(
-    config: Config,
-    *,
-    memory: int | None = None,
-    processes: int = 1,
-    json_file: Path | None = None,
+    arguments: list[str], *, memory: str | None, processes: int, json_file: Path | None
 ) -> None:
-    """Print the work and the memory of an iteration, and settings that fit into `memory` bytes.
+    """Print the work and the memory of an iteration, and settings that fit into a device.
+
+    Args:
+        arguments: a configuration file and changes to it.
+        memory: of a device, as `parse_memory` reads it; None: nothing must fit.
+        processes: which share the prompts.
+        json_file: also written.
 
     Raises:
         UserError: the model or a setting cannot be used, or the processes cannot share the prompts.
     """
-    from treegrpo.memory import Measurements, estimate, suggest
-
-    share = processes * config.train.updates_per_iteration
-    if config.rollout.prompts_per_iteration % share:
+    config = read_config(arguments)
+    limit = None if memory is None else parse_memory(memory)
+    check_model(config.model.path, "model.path", weights=False)
+    check_trainable(config.model.path)
+    if json_file is not None:
+        check_output(json_file, "--json")
+    updates = config.train.updates_per_iteration
+    if config.rollout.prompts_per_iteration % (processes * updates):
         raise UserError(
             f"rollout.prompts_per_iteration: got {config.rollout.prompts_per_iteration}; must be a "
-            f"multiple of {processes} processes x {config.train.updates_per_iteration} updates per "
-            "iteration"
+            f"multiple of {processes} processes x {updates} updates per iteration"
         )
+
+    from treegrpo.memory import Measurements, estimate, suggest
+
     measurements = Measurements(config.rollout.steps)
     needed = estimate(config, processes=processes, measurements=measurements)
     work = count_work(config, guided=needed.guided, processes=processes)
@@ -164,13 +182,12 @@ def plan_command(
         console.print("there is no GPU here; model.device=cuda plans for one", soft_wrap=True)
     console.print(_sizes(work, needed), soft_wrap=True)
     advice = None
-    if memory is not None:
-        fits = needed.peak <= memory
-        if not fits:
-            advice = suggest(config, memory, processes=processes, measurements=measurements)
-        _print_advice(console, needed, memory, advice)
+    if limit is not None:
+        if needed.peak > limit:
+            advice = suggest(config, limit, processes=processes, measurements=measurements)
+        _print_advice(console, needed, limit, advice)
     if json_file is not None:
-        summary = _summary(work, needed, memory, advice)
+        summary = _summary(work, needed, limit, advice)
         json_file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 

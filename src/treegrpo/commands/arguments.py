@@ -1,0 +1,88 @@
+"""What several commands are given: read, and refused with a sentence that names the argument.
+
+Left out: what only one command takes (in its own file), the configuration's keys (`config.py`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from treegrpo.config import Config, load_config
+from treegrpo.errors import UserError
+from treegrpo.models.folder import check_folder
+from treegrpo.rewards import check_reward
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_OVERRIDE = re.compile(r"[\w.-]+=", re.ASCII)
+
+
+def read_config(arguments: list[str]) -> Config:
+    """The configuration of a file and changes to it, in any order.
+
+    Raises:
+        UserError: there are two files, or as `load_config`.
+    """
+    overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]
+    paths = [argument for argument in arguments if not _OVERRIDE.match(argument)]
+    if len(paths) > 1:
+        raise UserError(
+            f"got {len(paths)} configuration files ({', '.join(paths)}); must be at most one "
+            "(a change to it is written key.path=value)"
+        )
+    return load_config(Path(paths[0]) if paths else None, overrides)
+
+
+def check_model(model: str, field: str, *, weights: bool = True) -> None:
+    """Refuse a model that is neither "miniature", a usable folder nor a hub's name.
+
+    Args:
+        model: as the user wrote it.
+        field: what it was given as, for the message.
+        weights: whether the folder must hold its weights.
+
+    Raises:
+        UserError: names the field and the model.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        check_folder(path, field, weights=weights)
+        return
+    if model == "miniature":
+        return
+    if path.exists():
+        raise UserError(f"{field}: {model} is a file; must be a diffusers folder")
+    looks_like_path = model[0] in "./~" or not _HUB_NAME.fullmatch(model)
+    if looks_like_path:
+        raise UserError(
+            f'{field}: no folder {model}; must be "miniature", a diffusers folder, or a hub name '
+            "such as owner/name"
+        )
+
+
+def check_reward_of(field: str, name: str, options: dict[str, Any] | None = None) -> None:
+    """`check_reward`, its message led by what the reward was given as.
+
+    Raises:
+        UserError: names the field and the reward.
+    """
+    try:
+        check_reward(name, options)
+    except UserError as error:
+        raise UserError(f"{field}: {error}") from error
+
+
+def check_output(path: Path, option: str) -> None:
+    """Refuse a file that cannot be written.
+
+    Raises:
+        UserError: names the option and the file.
+    """
+    if not path.parent.is_dir():
+        raise UserError(f"{option}: no folder {path.parent} to write {path.name} in")
+    if path.is_dir():
+        raise UserError(f"{option}: {path} is a folder; must be a file")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{option}: the folder {path.parent} may not be written to")
