@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from treegrpo.config import Config
 from treegrpo.errors import UserError
-from treegrpo.evaluation.results import Evaluation
 from treegrpo.images import to_uint8
 from treegrpo.run_folder import (
     EVALUATIONS_FILE,
@@ -25,6 +21,11 @@ from treegrpo.run_folder import (
     drop_lines_from,
     read_lines,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from treegrpo.evaluation.results import Evaluation
 
 _PROJECT = "treegrpo"  # what runs are collected under, by trackers on other machines
 
@@ -38,8 +39,8 @@ def check_trackers(names: Sequence[str]) -> None:
     for number, name in enumerate(names):
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"tracking.{number}: got {name!r}, whose package is not installed; run `pip install "
-                f"{name.replace('_', '-')}`, or leave it out"
+                f"tracking.{number}: got {name!r}, whose package is not installed; run "
+                f"`pip install {name.replace('_', '-')}`, or leave it out"
             )
 
 
@@ -52,6 +53,7 @@ class Tracker:
     """
 
     def __init__(self, config: Config, *, enabled: bool) -> None:
+        check_trackers(config.tracking)
         self._folder, self._enabled = config.output, enabled
         self._trackers = [_start(name, config) for name in config.tracking] if enabled else []
 

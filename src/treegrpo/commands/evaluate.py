@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from treegrpo.checkpoint import CONFIG_FILE, FAILED_REWARD_FOLDER, MODEL_FOLDER, write_atomically
 from treegrpo.commands.arguments import check_model, check_output, check_reward_of
 from treegrpo.config import parse_yaml
 from treegrpo.errors import UserError
 from treegrpo.models.folder import INDEX_FILE, LORA_FILE, SAMPLING_FILE, read_json
 from treegrpo.prompts import Prompt, load_prompts
 from treegrpo.rewards import Reward, RewardError, closing, load_reward
+from treegrpo.run_folder import CONFIG_FILE, FAILED_REWARD_FOLDER, MODEL_FOLDER, write_atomically
 from treegrpo.textfile import read_utf8
 
 if TYPE_CHECKING:
@@ -89,10 +89,10 @@ def evaluate_command(
     page = _check_outputs(json_file, page)
 
     from treegrpo.console import plain_console
-    from treegrpo.evaluation.measure import check_prompts
     from treegrpo.evaluation.pair import describe_sampling, open_pair
     from treegrpo.evaluation.results import Comparison
     from treegrpo.report import comparison as report
+    from treegrpo.rewards import check_prompts
     from treegrpo.versions import versions
 
     policies = open_pair(model, base, dtype, steps=steps, guidance_scale=guidance_scale)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from treegrpo.commands.arguments import check_model, check_output, read_config
 from treegrpo.config import Config
 from treegrpo.console import plain_console
 from treegrpo.errors import UserError
+from treegrpo.methods import method_of
 from treegrpo.models.folder import check_trainable
 
 if TYPE_CHECKING:
@@ -55,15 +55,17 @@ def parse_memory(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class WindowWork:
-    """Forwards (rows) that one prompt takes with the window at a start.
+class PlanWork:
+    """Forwards (rows) that one prompt takes under one of a run's plans.
 
     Attributes:
-        share: of the iterations that have it there.
-        update: of one pass over the prompt's nodes, with gradient.
+        name: what tells the plan from the others, such as "window at 3".
+        share: of the iterations that follow it.
+        rollout: to sample.
+        update: of one pass over the prompt's samples, with gradient.
     """
 
-    start: int
+    name: str
     share: float
     rollout: int
     update: int
@@ -76,7 +78,7 @@ class Work:
     A forward is one row through the network; classifier-free guidance makes two rows of it.
 
     Attributes:
-        windows: by the window's start.
+        plans: those that the run follows.
         rollout, update, reference: forwards per prompt, on average; an update's over all its
             passes, the reference's where there is a KL term.
         rows_per_forward: 2 under classifier-free guidance, else 1.
@@ -85,7 +87,7 @@ class Work:
         updates: optimizer steps.
     """
 
-    windows: tuple[WindowWork, ...]
+    plans: tuple[PlanWork, ...]
     rollout: float
     update: float
     reference: float
@@ -114,30 +116,22 @@ def count_work(config: Config, *, guided: bool, processes: int = 1) -> Work:
     Raises:
         PlanError: the window or the leaves do not fit.
     """
-    from treegrpo.trainer import build_plan, window_schedule
-
-    schedule = window_schedule(config)
-    if schedule.kind == "random":
-        shares = dict(enumerate(schedule.probabilities))
-    else:
-        count = config.train.iterations
-        starts = Counter(schedule.at(iteration) for iteration in range(count))
-        shares = {start: starts[start] / count for start in sorted(starts)}
-    plans = {start: build_plan(config.rollout, start) for start in shares}
-    windows = tuple(
-        WindowWork(start, share, plans[start].rollout_forwards, plans[start].update_forwards)
-        for start, share in shares.items()
+    method = method_of(config)
+    shares = method.checked_plans(config.train.iterations)
+    works = tuple(
+        PlanWork(s.name, s.share, s.plan.rollout_forwards, method.update_forwards(s.plan))
+        for s in shares
     )
     passes = config.train.inner_epochs
-    update = sum(window.share * window.update for window in windows)
+    update = sum(work.share * work.update for work in works)
     return Work(
-        windows,
-        sum(window.share * window.rollout for window in windows),
+        works,
+        sum(work.share * work.rollout for work in works),
         update * passes,
-        update if config.objective.kl_weight > 0 else 0.0,
+        update if method.needs_reference else 0.0,
         2 if guided else 1,
         config.rollout.prompts_per_iteration,
-        max(plan.leaves for plan in plans.values()),
+        max(share.plan.leaves for share in shares),
         processes,
         passes * config.train.updates_per_iteration,
     )
@@ -163,12 +157,8 @@ def plan_command(
     check_trainable(config.model.path)
     if json_file is not None:
         check_output(json_file, "--json")
-    updates = config.train.updates_per_iteration
-    if config.rollout.prompts_per_iteration % (processes * updates):
-        raise UserError(
-            f"rollout.prompts_per_iteration: got {config.rollout.prompts_per_iteration}; must be a "
-            f"multiple of {processes} processes x {updates} updates per iteration"
-        )
+    config.check_shares(processes)
+    method_of(config).checked_plans(config.train.iterations)
 
     from treegrpo.memory import Measurements, estimate, suggest
 
@@ -208,11 +198,10 @@ def _work_table(work: Work) -> Table:
             each.append(2 * each[2])
         table.add_row(name, *(f"{number:,.1f}".removesuffix(".0") for number in each))
 
-    starts = len(work.windows)
-    row("rollout, on average" if starts > 1 else "rollout", work.rollout)
-    if starts > 1:
-        for window in work.windows:
-            row(f"  window at {window.start} ({window.share:.1%})", window.rollout)
+    several = len(work.plans) > 1
+    row("rollout, on average" if several else "rollout", work.rollout)
+    for plan in work.plans if several else ():
+        row(f"  {plan.name} ({plan.share:.1%})", plan.rollout)
     row("update, with gradient", work.update)
     if work.reference:
         row("reference", work.reference)

@@ -13,6 +13,7 @@ from treegrpo.methods import method_of
 from treegrpo.models.folder import check_trainable
 from treegrpo.prompts import load_train_and_held_out
 from treegrpo.run_folder import check_run_folder
+from treegrpo.tracking import check_trackers
 
 
 def train_command(

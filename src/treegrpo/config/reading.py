@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ def load_config(path: Path | None, overrides: list[str]) -> Config:
     return validated(data)
 
 
-def changed(config: Config, changes: dict[str, Any]) -> Config:
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     """A configuration with other values, by `key.path`.
 
     Raises:

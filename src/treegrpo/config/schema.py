@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, create_model, field_validator
 
+from treegrpo.errors import UserError
 from treegrpo.methods.registry import DEFAULT, find_method
 from treegrpo.methods.settings import (
     AdvantageSettings,
@@ -267,6 +268,19 @@ class Config(Section):
         names = [reward.key for reward in self.rewards]
         default = "composition_accuracy" if "composition_accuracy" in names else None
         return self.evaluation.accuracy or default
+
+    def check_shares(self, processes: int) -> None:
+        """Refuse prompts that processes and optimizer steps cannot share equally.
+
+        Raises:
+            UserError: says what their number must be a multiple of.
+        """
+        prompts, updates = self.rollout.prompts_per_iteration, self.train.updates_per_iteration
+        if prompts % (processes * updates):
+            raise UserError(
+                f"rollout.prompts_per_iteration: got {prompts}; must be a multiple of {processes} "
+                f"processes x {updates} updates per iteration"
+            )
 
     @property
     def trained_rewards(self) -> list[RewardConfig]:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from treegrpo.config import Config
+from treegrpo.config import Config, changed
 from treegrpo.memory.estimate import Estimate, estimate
 from treegrpo.memory.skeleton import Measurements, planned_device
+from treegrpo.methods import method_of
 
 _LORA_RANK = 32  # what is suggested
 
@@ -48,8 +49,7 @@ def suggest(
     measured = measurements or Measurements(config.rollout.steps)
 
     def with_(changes: Mapping[str, Any]) -> Estimate:
-        changed = _changed(config, changes)
-        return estimate(changed, processes=processes, measurements=measured)
+        return estimate(changed(config, changes), processes=processes, measurements=measured)
 
     def excess(changes: Mapping[str, Any]) -> int:
         """Of all phases: to bring down one that is not the fullest may be needed too."""
@@ -126,7 +126,9 @@ def _remedies(config: Config, processes: int) -> dict[str, list[Any]]:
         remedies["model.lora_rank"] = [_LORA_RANK]
     if not model.vae_tiling:
         remedies["model.vae_tiling"] = [True]
-    if has_own_memory and config.objective.kl_weight and not config.objective.reference_on_cpu:
+    method = method_of(config)
+    can_wait = "reference_on_cpu" in method.objective_settings.model_fields
+    if has_own_memory and method.needs_reference and can_wait and not method.reference_on_cpu:
         remedies["objective.reference_on_cpu"] = [True]
     return {key: values for key, values in remedies.items() if values}
 
@@ -134,11 +136,3 @@ def _remedies(config: Config, processes: int) -> dict[str, list[Any]]:
 def _halves(value: int) -> list[int]:
     """Powers of two below a number, from the largest to 1."""
     return [2**exponent for exponent in reversed(range((value - 1).bit_length()))]
-
-
-def _changed(config: Config, changes: Mapping[str, Any]) -> Config:
-    data = config.model_dump(mode="json")
-    for key, value in changes.items():
-        section, name = key.split(".")
-        data[section][name] = value
-    return Config.model_validate(data)

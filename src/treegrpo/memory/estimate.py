@@ -20,9 +20,8 @@ from treegrpo.memory.skeleton import (
     planned_device,
     total_bytes,
 )
+from treegrpo.methods import Method, method_of
 from treegrpo.plan import RolloutPlan
-from treegrpo.trainer import build_plan, window_schedule
-from treegrpo.transition import transitions
 
 
 @dataclass(frozen=True)
@@ -139,11 +138,12 @@ def estimate(
     """
     measured = measurements or Measurements(config.rollout.steps)
     skeleton = measured.skeleton(config.model)
-    plans = [build_plan(config.rollout, start) for start in window_schedule(config).possible_starts]
+    method = method_of(config)
+    plans = [share.plan for share in method.checked_plans(config.train.iterations)]
     levels = skeleton.policy.schedule(config.rollout.steps)
     for plan in plans:  # refuses a step without a density
-        transitions(levels, plan.stochastic, config.rollout.transition, config.rollout.noise_level)
-    run = _Run(config, measured, skeleton, plans, processes)
+        method.transitions(levels, plan)
+    run = _Run(config, method, measured, skeleton, plans, processes)
     network, adapters = skeleton.policy.network, skeleton.adapters
     return Estimate(
         planned_device(config.model).type,
@@ -162,23 +162,25 @@ class _Run:
     def __init__(
         self,
         config: Config,
+        method: Method,
         measured: Measurements,
         skeleton: Skeleton,
         plans: Sequence[RolloutPlan],
         processes: int,
     ) -> None:
         self.config, self.measured, self.skeleton = config, measured, skeleton
+        self.method = method
         self.plans, self.processes = plans, processes
         self.prompts = prompts = config.rollout.prompts_per_iteration // processes
         self.batch = min(config.rollout.prompts_per_batch or prompts, prompts)
-        self.states = [count_states(plan, keep_means=config.objective.guard) for plan in plans]
+        self.states = [count_states(plan, keep_means=method.keep_means) for plan in plans]
         self.on_cpu = planned_device(config.model).type == "cpu"
         self.trained = total_bytes(skeleton.trained)
-        self.has_copy = config.objective.kl_weight > 0 and not config.model.lora_rank
+        self.has_copy = method.needs_reference and not config.model.lora_rank
 
     def phases(self) -> tuple[Phase, ...]:
         phases = [self._encode(), self._evaluation(), self._rollout(), self._decode()]
-        if self.config.objective.kl_weight > 0:
+        if self.method.needs_reference:
             phases.append(self._reference())
         return (*phases, self._update(), self._optimizer())
 
@@ -209,13 +211,13 @@ class _Run:
         }
         if config.model.embedding_cache is None:
             parts["text encoders"] = self._encoders
-        if self.has_copy and not config.objective.reference_on_cpu:
+        if self.has_copy and not self.method.reference_on_cpu:
             parts["reference"] = network
         return parts
 
     @property
     def _always_on_host(self) -> dict[str, int]:
-        if not (self.has_copy and self.config.objective.reference_on_cpu):
+        if not (self.has_copy and self.method.reference_on_cpu):
             return {}
         return {"reference": self._always["network"]}
 
@@ -340,7 +342,7 @@ class _Run:
 
     def _for_update(self, states: StateCounts) -> tuple[dict[str, int], dict[str, int]]:
         size = self._kept(states)
-        if self.config.objective.kl_weight > 0:
+        if self.method.needs_reference:
             size += states.nodes * self.prompts * self.skeleton.state_bytes
         device, host = self._stored("states", size)
         embeddings = {"embeddings": self._embeddings(self.prompts)}
@@ -351,7 +353,8 @@ class _Run:
         moments = []
         for plan, states in zip(self.plans, self.states, strict=True):
             device, host = self._for_update(states)
-            widest = max(plan.widths[step] for step in plan.stochastic_steps) * self.prompts
+            widths = [plan.widths[step] for step in plan.stochastic_steps]
+            widest = max(widths, default=plan.leaves) * self.prompts
             rows = min(self.config.train.micro_batch, widest)
             device["activations"] = self.measured.rollout(
                 self.config.model, rows=rows, children=1, again=widest > rows
@@ -363,21 +366,21 @@ class _Run:
         return self._phase("reference", moments)
 
     def _update(self) -> Phase:
-        settings, objective = self.config.train, self.config.objective
+        settings = self.config.train
         share = self.prompts // settings.updates_per_iteration
         moments = []
         for plan, states in zip(self.plans, self.states, strict=True):
             rows_by_step = [plan.widths[step] * share for step in plan.stochastic_steps]
+            rows_by_step = rows_by_step or [self.method.update_forwards(plan) * share]
             rows = min(settings.micro_batch, max(rows_by_step))
             batches = sum(math.ceil(rows / settings.micro_batch) for rows in rows_by_step)
-            siblings = max(plan.branching[step] for step in plan.stochastic_steps)
+            siblings = max((plan.branching[step] for step in plan.stochastic_steps), default=1)
             peak = self.measured.update(
                 self.config.model,
                 rows=rows,
                 siblings=siblings,
                 accumulate=batches > 1,
-                guard=objective.guard,
-                kl_weight=objective.kl_weight,
+                method=self.method,
             )
             device, host = self._for_update(states)
             gradients = min(self.trained, peak)

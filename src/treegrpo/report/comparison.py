@@ -20,10 +20,10 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
-from treegrpo.checkpoint import write_atomically
 from treegrpo.evaluation.results import BASE, TRAINED, Comparison
 from treegrpo.images import evenly_spaced, to_uint8
 from treegrpo.report import style
+from treegrpo.run_folder import write_atomically
 
 PICTURED_PROMPTS = 64
 PICTURED_PAIRS = 2

@@ -7,18 +7,10 @@ from pathlib import Path
 
 from treegrpo import __version__
 from treegrpo.config import Config, to_yaml
+from treegrpo.methods import find_method
 from treegrpo.models.folder import resolve
 from treegrpo.models.policy import Policy
 from treegrpo.report.run import TrainingResult
-
-_PAPERS = {
-    "tree_grpo": "[TreeGRPO](https://arxiv.org/abs/2512.08153)",
-    "flow_grpo": "[Flow-GRPO](https://arxiv.org/abs/2505.05470)",
-    "dance_grpo": "[DanceGRPO](https://arxiv.org/abs/2505.07818)",
-    "mix_grpo": "[MixGRPO](https://arxiv.org/abs/2507.21802)",
-    "branch_grpo": "[BranchGRPO](https://arxiv.org/abs/2509.06040)",
-    "ddpo": "[DDPO](https://arxiv.org/abs/2305.13301)",
-}
 
 
 def write_model_card(folder: Path, config: Config, policy: Policy, result: TrainingResult) -> None:
@@ -37,6 +29,7 @@ def write_model_card(folder: Path, config: Config, policy: Policy, result: Train
         f"{reward.key} (weight {reward.weight:g})" if reward.weight else f"{reward.key} (watched)"
         for reward in config.rewards
     )
+    paper = find_method(config.rollout.method).paper or f"`{config.rollout.method}`"
     kind = f"LoRA weights of rank {config.model.lora_rank}" if uses_lora else "all weights"
     text = f"""---
 {chr(10).join(header)}
@@ -49,7 +42,7 @@ Made with treegrpo {__version__}.
 | | |
 |---|---|
 | base model | `{base}` ({policy.pipeline_name}) |
-| method | {_PAPERS[config.rollout.method]}, {result.iterations} iterations |
+| method | {paper}, {result.iterations} iterations |
 | trained | {kind} |
 | rewards | {rewards} |
 | prompts | `{config.prompts.train}` |

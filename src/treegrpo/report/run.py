@@ -1,20 +1,31 @@
-"""What a run writes about itself: metrics, versions, pictures, the summary and its table."""
+"""What a run says at its end: pictures, the summary and its table.
+
+Left out: the records of its iterations (`tracking.py`).
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from treegrpo import checkpoint
 from treegrpo.config import Config
 from treegrpo.console import Display
 from treegrpo.evaluation.results import Evaluation
 from treegrpo.report.pictures import before_after, training_curve
-from treegrpo.versions import versions
+from treegrpo.run_folder import (
+    EVALUATIONS_FILE,
+    METRICS_FILE,
+    MODEL_FOLDER,
+    PICTURE_FILES,
+    SUMMARY_FILE,
+    read_lines,
+    write_atomically,
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +40,27 @@ class TrainingResult:
     rollout_forwards: int
     update_forwards: int
     interrupted: bool
+
+    @staticmethod
+    def of(
+        folder: Path,
+        before: Evaluation,
+        after: Evaluation,
+        progress: Mapping[str, Any],
+        *,
+        interrupted: bool,
+    ) -> TrainingResult:
+        """From the first and the last evaluation and what a run has done."""
+        return TrainingResult(
+            folder,
+            {name: before.mean(name) for name in before.scores},
+            {name: after.mean(name) for name in after.scores},
+            progress["iteration"],
+            progress["seconds"],
+            progress["rollout_forwards"],
+            progress["update_forwards"],
+            interrupted,
+        )
 
 
 def describe(evaluation: Evaluation) -> str:
@@ -50,8 +82,8 @@ def write_report(
     folder, accuracy = result.folder, config.accuracy
     summary = asdict(result) | {"folder": str(folder)}
     text = json.dumps(summary, indent=2) + "\n"
-    checkpoint.write_atomically(folder / checkpoint.SUMMARY_FILE, text)
-    picture, curve = (folder / name for name in checkpoint.PICTURE_FILES)
+    write_atomically(folder / SUMMARY_FILE, text)
+    picture, curve = (folder / name for name in PICTURE_FILES)
     correct: list[Tensor | None] = [None, None]
     shares: list[float | None] = [None, None]
     if accuracy is not None:
@@ -68,13 +100,13 @@ def write_report(
         accuracy_before=shares[0],
         accuracy_after=shares[1],
     )
-    evaluations = checkpoint.read_lines(folder / checkpoint.EVALUATIONS_FILE)
-    main = next(r.key for r in config.rewards if r.weight > 0)
+    evaluations = read_lines(folder / EVALUATIONS_FILE)
+    main = config.trained_rewards[0].key
     for record in evaluations:
         record["reward"] = record[main]
         if accuracy is not None:
             record["accuracy"] = record[accuracy]
-    metrics = checkpoint.read_lines(folder / checkpoint.METRICS_FILE)
+    metrics = read_lines(folder / METRICS_FILE)
     rewards = {r.key: r.weight > 0 for r in config.rewards if r.key != accuracy}
     training_curve(curve, metrics, evaluations, rewards)
     rows = [
@@ -93,8 +125,8 @@ def write_report(
         ),
         ("before and after", str(picture)),
         ("reward curve", str(curve)),
-        ("metrics", str(folder / checkpoint.METRICS_FILE)),
-        ("trained model", str(folder / checkpoint.MODEL_FOLDER)),
+        ("metrics", str(folder / METRICS_FILE)),
+        ("trained model", str(folder / MODEL_FOLDER)),
     ]
     display.table("interrupted; what was trained is saved" if result.interrupted else "done", rows)
     if result.interrupted:

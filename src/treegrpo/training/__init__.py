@@ -1,4 +1,4 @@
 """Training: `loop.py` is the algorithm as it runs, over parts with one job each.
 
-Left out: what is computed (`plan.py`, `rollout.py`, `advantage.py`, `objective.py` and the methods).
+Left out: what is computed, which is the algorithm's files and the methods.
 """

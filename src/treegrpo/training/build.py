@@ -15,7 +15,6 @@ import torch
 
 from treegrpo import checkpoint
 from treegrpo.config import Config
-from treegrpo.errors import UserError
 from treegrpo.evaluation.measure import evaluate
 from treegrpo.evaluation.results import Evaluation
 from treegrpo.images import evenly_spaced
@@ -157,7 +156,7 @@ def build(config: Config, *, resume: bool = False) -> Run:
     train_prompts, all_held_out = load_train_and_held_out(config.prompts)
     held_out = all_held_out[: config.evaluation.max_prompts]
     check_prompts(rewards, [*train_prompts, *held_out])
-    check_shares(config, engine.processes)
+    config.check_shares(engine.processes)
     check_trainable(config.model.path)
     torch.manual_seed(config.train.seed)
     policy = open_policy(config.model, device=engine.device, steps=config.rollout.steps)
@@ -193,20 +192,6 @@ def build(config: Config, *, resume: bool = False) -> Run:
         warnings,
         saved,
     )
-
-
-def check_shares(config: Config, processes: int) -> None:
-    """Refuse prompts that processes and optimizer steps cannot share equally.
-
-    Raises:
-        UserError: says what the number must be a multiple of.
-    """
-    prompts, updates = config.rollout.prompts_per_iteration, config.train.updates_per_iteration
-    if prompts % (processes * updates):
-        raise UserError(
-            f"rollout.prompts_per_iteration: got {prompts}; must be a multiple of {processes} "
-            f"processes x {updates} updates per iteration"
-        )
 
 
 def _find_place(config: Config, sampler: PromptSampler, progress: Progress) -> dict[str, Any]:

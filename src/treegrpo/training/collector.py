@@ -1,7 +1,8 @@
 """From prompts to their forests and rewards: sample, decode, score.
 
-In batches of prompts: while a server scores one batch's images, the next batch is sampled. Left out:
-the rollout itself (`rollout.py`) and asking a reward (`rewards/scoring.py`).
+In batches of prompts: while a server scores one batch's images, the next batch is sampled.
+
+Left out: the rollout itself (`rollout.py`) and asking a reward (`rewards/scoring.py`).
 """
 
 from __future__ import annotations

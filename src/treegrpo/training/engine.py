@@ -132,7 +132,7 @@ class Engine:
         return prepared[0], prepared[1]
 
     def backward(self, loss: Tensor, network: nn.Module, *, exchange: bool) -> None:
-        """Add a loss's gradient; with `exchange`, the processes then average all that they added."""
+        """Add a loss's gradient; with `exchange`, processes then average all that they added."""
         with nullcontext() if exchange else self._accelerator.no_sync(network):
             self._accelerator.backward(loss)
 
