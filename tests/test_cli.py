@@ -7,8 +7,8 @@ import yaml
 from command_line import CommandLine
 
 from treegrpo import __version__
-from treegrpo.checkpoint import RunError, check_folder, prepare_folder
 from treegrpo.config import Config, load_config, to_yaml
+from treegrpo.run_folder import RunError, check_run_folder, prepare_folder
 
 HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "scipy", "matplotlib"}
 
@@ -113,11 +113,11 @@ def test_a_folder_with_a_run_is_neither_mixed_nor_lost(treegrpo: CommandLine) ->
     # A configuration of the user's own makes no run of a folder.
     assert "holds no run, so" in treegrpo.refusal("train", "output=project", "--overwrite")
     # A run that ended before its first result is not in the way.
-    check_folder(load_config(None, ["output=failed"]), resume=False, overwrite=False)
+    check_run_folder(load_config(None, ["output=failed"]), resume=False, overwrite=False)
     # What a run starts from must not be replaced by it.
     config = load_config(None, ["output=run", "model.path=run/model"])
     with pytest.raises(RunError, match=r"^model\.path: run/model belongs to the run in run"):
-        check_folder(config, resume=False, overwrite=True)
+        check_run_folder(config, resume=False, overwrite=True)
 
 
 def test_overwriting_removes_what_a_run_wrote_and_nothing_else(treegrpo: CommandLine) -> None:

@@ -1,11 +1,13 @@
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from treegrpo.config import Config, ConfigError, describe_fields, load_config, to_yaml
+from treegrpo.config.wording import methods_with
+from treegrpo.methods import method_of
 from treegrpo.rewards import check_reward
-from treegrpo.trainer import build_plan, window_schedule
 
 
 def refused(*overrides: str, path: Path | None = None) -> str:
@@ -116,7 +118,7 @@ def test_a_problem_names_the_key_the_value_and_what_is_allowed(override: str, me
         ),
         (
             ["rollout.split_steps=[1]"],
-            "rollout.split_steps: got [1]; must be null with rollout.method tree_grpo",
+            "rollout.split_steps: tree_grpo has no such setting; branch_grpo has",
         ),
         (
             ["rollout.branching=9", "rollout.trees=2"],
@@ -147,8 +149,56 @@ def test_fields_that_contradict_each_other_are_refused(overrides: list[str], mes
 
 
 def test_settings_of_other_methods_do_not_get_in_the_way() -> None:
-    config = load_config(None, ["rollout.method=flow_grpo", "rollout.steps=2"])
-    assert config.rollout.window_size > config.rollout.steps
+    # Of the default window of three steps.
+    assert load_config(None, ["rollout.method=flow_grpo", "rollout.steps=2"]).rollout.steps == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("rollout.trees=7", "rollout.trees: flow_grpo has no such setting; tree_grpo has"),
+        (
+            "rollout.branching=2",
+            "rollout.branching: flow_grpo has no such setting; tree_grpo and branch_grpo have",
+        ),
+        (
+            "advantage.backup=uniform",
+            "advantage.backup: flow_grpo has no such setting; tree_grpo has",
+        ),
+    ],
+)
+def test_settings_of_other_methods_are_refused_by_name(
+    override: str, message: str, tmp_path: Path
+) -> None:
+    assert refused("rollout.method=flow_grpo", override) == message
+    # In a file as well, if the file names the method.
+    key, _, value = override.partition("=")
+    section, _, name = key.partition(".")
+    rollout = {"method": "flow_grpo"} | ({name: value} if section == "rollout" else {})
+    data = {"rollout": rollout} | ({section: {name: value}} if section != "rollout" else {})
+    assert refused(path=written(tmp_path, yaml.safe_dump(data))).startswith(message)
+
+
+def test_another_method_leaves_behind_what_only_the_files_method_has(tmp_path: Path) -> None:
+    rollout, advantage = "{branching: 2, window_size: 4, steps: 6}", "{backup: uniform, eps: 1e-3}"
+    path = written(tmp_path, f"rollout: {rollout}\nadvantage: {advantage}\n")
+    assert load_config(path, []).rollout.window_size == 4
+    config = load_config(path, ["rollout.method=mix_grpo", "rollout.group_size=5"])
+    assert (config.rollout.window_size, config.rollout.group_size) == (4, 5)
+    assert (config.rollout.steps, config.advantage.eps) == (6, 1e-3)
+    assert not hasattr(config.rollout, "branching") and not hasattr(config.advantage, "backup")
+    # A slip in the file is none of another method's business.
+    slip = written(tmp_path, "rollout: {branchng: 2}\n")
+    assert refused("rollout.method=flow_grpo", path=slip).startswith(
+        "rollout.branchng: unknown key"
+    )
+
+
+def test_an_unknown_method_is_refused_with_the_nearest() -> None:
+    message = refused("rollout.method=flow_gpro", "rollout.group_size=3")
+    assert message.startswith('rollout.method: got "flow_gpro"; must be one of tree_grpo, ')
+    assert "(did you mean flow_grpo?)" in message
+    assert "rollout.method: got" in refused("rollout.method=json:loads")
 
 
 def test_an_astronomical_tree_is_refused_without_computing_it() -> None:
@@ -198,7 +248,9 @@ def test_every_field_has_a_sentence_and_accepts_its_own_default() -> None:
     for key, default, sentence in fields:
         assert sentence.endswith("."), key
         if default != "required":
-            load_config(None, [f"{key.replace('.N.', '.0.')}={default}"])
+            method = next(iter(methods_with(key)), "tree_grpo")
+            override = f"{key.replace('.N.', '.0.')}={default}"
+            load_config(None, [f"rollout.method={method}", override])
 
 
 def test_a_configuration_does_not_change() -> None:
@@ -214,8 +266,7 @@ def test_recipes_are_complete(path: Path) -> None:
     config = load_config(path, [])
     for reward in config.rewards:
         check_reward(reward.name, reward.options)
-    for start in window_schedule(config).possible_starts:
-        build_plan(config.rollout, start)
+    method_of(config).checked_plans(config.train.iterations)
     if config.model.path != "miniature":
         # Nothing of the miniature's may be left where another model is trained.
         assert config.accuracy is None
@@ -226,7 +277,7 @@ def test_recipes_are_complete(path: Path) -> None:
 def test_the_recipe_of_the_paper_has_its_numbers() -> None:
     (path,) = [path for path in RECIPES if path.name == "sd3.5-medium.yaml"]
     config = load_config(path, [])
-    plan = build_plan(config.rollout, 0)
+    plan = method_of(config).plan_at(0)
     assert (config.rollout.steps, plan.branching[:3], plan.leaves) == (10, (3, 3, 3), 27)
     assert (config.rollout.window_decay, config.rollout.noise_level) == (0.5, 0.7)
     assert (config.train.learning_rate, config.train.weight_decay) == (1e-5, 0.01)

@@ -18,7 +18,8 @@ from treegrpo.config import Config, load_config
 from treegrpo.memory import Measurements, PeakBytes, count_states, estimate, suggest
 from treegrpo.plan import RolloutPlan, flow_grpo, mix_grpo, tree_grpo
 from treegrpo.rollout import rollout
-from treegrpo.trainer import Trainer
+from treegrpo.training.build import build
+from treegrpo.training.loop import iterate
 from treegrpo.transition import flow_schedule, transitions
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -76,20 +77,20 @@ def test_weights_optimizer_and_forwards_are_those_of_a_run(
     config = configuration(tiny_checkpoint, f"output={tmp_path}", *changes)
     needed = estimate(config)
     parts = needed.phase("optimizer").device
-    trainer = Trainer(config)
-    metrics = trainer.iterate()
+    run = build(config)
+    metrics = iterate(run)
 
-    network = list(trainer.policy.network.parameters())
+    network = list(run.policy.network.parameters())
     trained = [parameter for parameter in network if parameter.requires_grad]
     assert needed.trained == sum(p.numel() for p in trained)
     assert parts["network"] + parts.get("adapters", 0) == bytes_of(network)
     assert (parts.get("adapters", 0) > 0) == bool(config.model.lora_rank)
-    assert parts["decoder"] == bytes_of(list(trainer.policy.vae.parameters()))
-    state = [v for s in trainer.optimizer.state.values() for v in s.values()]
+    assert parts["decoder"] == bytes_of(list(run.policy.vae.parameters()))
+    state = [v for s in run.learner.optimizer.state.values() for v in s.values()]
     assert parts["optimizer"] == bytes_of(state)
-    average = [] if trainer.average is None else trainer.average.shadow_params
+    average = [] if run.learner.average is None else run.learner.average.shadow_params
     assert parts.get("average", 0) == bytes_of(average)
-    reference = [] if trainer.reference is None else list(trainer.reference.parameters())
+    reference = [] if run.learner._reference is None else list(run.learner._reference.parameters())
     assert parts.get("reference", 0) == bytes_of(reference)
     assert parts["gradients"] == bytes_of(trained)
 

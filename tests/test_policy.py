@@ -20,7 +20,7 @@ from treegrpo.models.policy import Policy, load_policy
 from treegrpo.objective import losses
 from treegrpo.plan import tree_grpo
 from treegrpo.rollout import rollout
-from treegrpo.trainer import Trainer
+from treegrpo.training.build import build
 from treegrpo.transition import transitions
 
 PROMPTS = ["a red circle", "two blue squares"]
@@ -330,5 +330,5 @@ def test_what_a_model_does_not_allow_is_refused_before_its_weights(
     monkeypatch.setattr(Policy, "load", None)  # calling it would fail
     settings = [f"model.path={tiny_checkpoint}", "model.device=cpu", "model.lora_rank=2", change]
     with pytest.raises(ModelError) as caught:
-        Trainer(load_config(None, settings))
+        build(load_config(None, settings))
     assert str(caught.value).startswith(message)

@@ -23,7 +23,8 @@ from diffusers import SD3Transformer2DModel
 
 from treegrpo import checkpoint
 from treegrpo.config import load_config
-from treegrpo.trainer import train
+from treegrpo.run_folder import read_lines
+from treegrpo.training.loop import train
 
 PATIENCE = 300.0  # seconds; reached only where processes wait for each other in vain
 PROMPTS, LEAVES = 4, 4
@@ -186,7 +187,7 @@ def test_gradients_are_those_of_all_prompts(story: Path, tiny_checkpoint: Path) 
 
 
 def evaluations_of(story: Path, name: str) -> list[dict[str, float]]:
-    return checkpoint.read_lines(story / name / "evaluations.jsonl")
+    return read_lines(story / name / "evaluations.jsonl")
 
 
 def test_each_held_out_prompt_is_evaluated_by_one_process(story: Path) -> None:
@@ -210,7 +211,7 @@ def test_each_held_out_prompt_is_evaluated_by_one_process(story: Path) -> None:
 
 
 def test_one_process_writes_what_all_did(story: Path) -> None:
-    one, two = (checkpoint.read_lines(story / name / "metrics.jsonl") for name in ("one", "two"))
+    one, two = (read_lines(story / name / "metrics.jsonl") for name in ("one", "two"))
     assert [record["iteration"] for record in two] == [0, 1]
     for record, expected in zip(two, one, strict=True):
         assert record.keys() == expected.keys()

@@ -19,7 +19,9 @@ from diffusers import SD3Transformer2DModel
 from treegrpo import checkpoint, cli
 from treegrpo.config import load_config
 from treegrpo.rewards import http
-from treegrpo.trainer import Trainer
+from treegrpo.run_folder import read_lines
+from treegrpo.training.build import build
+from treegrpo.training.loop import iterate
 
 PROMPTS, ITERATIONS = 4, 3
 PATIENCE = 120.0  # seconds; reached only where a test fails
@@ -157,7 +159,7 @@ def assert_same_course(run: Path, expected: Path) -> None:
     """Every reward, every other figure and every weight, to the last bit."""
 
     def figures(folder: Path, name: str) -> list[dict[str, Any]]:
-        records = checkpoint.read_lines(folder / name)
+        records = read_lines(folder / name)
         return [{k: v for k, v in one.items() if not TIMES.match(k)} for one in records]
 
     for name in (checkpoint.METRICS_FILE, checkpoint.EVALUATIONS_FILE):
@@ -227,9 +229,9 @@ def test_a_run_whose_server_is_gone_can_go_on_later(
 def test_a_batch_is_sampled_while_the_one_before_is_scored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(load_config(None, settings_of(tmp_path / "run", "composition")))
+    run = build(load_config(None, settings_of(tmp_path / "run", "composition")))
     begun = [threading.Event() for _ in range(PROMPTS)]
-    sample, scored = trainer._rollout, iter(range(PROMPTS))
+    sample, scored = run.collector._grow, iter(range(PROMPTS))
 
     def rollout(prompts: Any, numbers: Sequence[int], shape: Any) -> Any:
         begun[numbers[0]].set()
@@ -243,6 +245,6 @@ def test_a_batch_is_sampled_while_the_one_before_is_scored(
             assert following == PROMPTS or begun[following].wait(PATIENCE)
             return images.mean((1, 2, 3))
 
-    monkeypatch.setattr(trainer, "_rollout", rollout)
-    monkeypatch.setitem(trainer.rewards, "composition", Slow())
-    assert trainer.iterate()["groups_without_signal"] == 0
+    monkeypatch.setattr(run.collector, "_grow", rollout)
+    monkeypatch.setitem(run.rewards, "composition", Slow())
+    assert iterate(run)["groups_without_signal"] == 0

@@ -18,22 +18,28 @@ import toy_rewards
 from diffusers import SD3Transformer2DModel
 
 from treegrpo import checkpoint, cli
-from treegrpo.checkpoint import RunError
 from treegrpo.config import Config, load_config
 from treegrpo.errors import UserError
+from treegrpo.methods import method_of
 from treegrpo.models.folder import ModelError
 from treegrpo.models.policy import load_policy
 from treegrpo.prompts import PromptError
 from treegrpo.rewards import RewardError
-from treegrpo.trainer import Trainer, build_plan, train
+from treegrpo.run_folder import (
+    STATE_FILE,
+    RunError,
+    append_line,
+    check_run_folder,
+    prepare_folder,
+    read_lines,
+)
+from treegrpo.training.build import Run, build
+from treegrpo.training.loop import iterate, train
 
 STEPS = 4
 REWARD = "toy_rewards:brightness"
 BASE = (
     f"rollout.steps={STEPS}",
-    "rollout.branching=2",
-    "rollout.window_size=2",
-    "rollout.group_size=4",
     "rollout.prompts_per_iteration=2",
     "train.learning_rate=1e-3",
     "train.learning_rate_schedule=constant",
@@ -44,6 +50,12 @@ BASE = (
     "evaluation.images_per_prompt=1",
     "model.device=cpu",
 )
+OF_METHOD = {
+    "tree_grpo": ("rollout.branching=2", "rollout.window_size=2"),
+    "branch_grpo": ("rollout.branching=2",),
+    "mix_grpo": ("rollout.group_size=4", "rollout.window_size=2"),
+    **dict.fromkeys(("flow_grpo", "dance_grpo", "ddpo"), ("rollout.group_size=4",)),
+}
 TOY = (f"rewards=[{{name: '{REWARD}'}}]",)
 METRICS = {
     "iteration",
@@ -77,7 +89,10 @@ TESTS = Path(__file__).parent  # where toy_rewards is
 
 
 def settings_of(tiny_checkpoint: Path, output: Path, *changes: str) -> list[str]:
-    return [*BASE, *TOY, f"model.path={tiny_checkpoint}", f"output={output}", *changes]
+    named = [change for change in changes if change.startswith("rollout.method=")]
+    own = OF_METHOD[named[-1].partition("=")[2] if named else "tree_grpo"]
+    paths = (f"model.path={tiny_checkpoint}", f"output={output}")
+    return [*BASE, *own, *TOY, *paths, *changes]
 
 
 @pytest.fixture
@@ -90,13 +105,13 @@ def configure(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., Config]:
     return build
 
 
-def iterate(config: Config, count: int) -> tuple[Trainer, list[dict[str, float]]]:
-    trainer = Trainer(config)
-    return trainer, [trainer.iterate() for _ in range(count)]
+def iterated(config: Config, count: int) -> tuple[Run, list[dict[str, float]]]:
+    run = build(config)
+    return run, [iterate(run) for _ in range(count)]
 
 
-def weights_of(trainer: Trainer) -> list[torch.Tensor]:
-    return [parameter.detach().clone() for parameter in trainer.parameters]
+def weights_of(run: Run) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in run.learner.parameters]
 
 
 def equal(first: Sequence[torch.Tensor], second: Sequence[torch.Tensor]) -> bool:
@@ -112,6 +127,7 @@ def run(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     folder = tmp_path_factory.mktemp("training") / "run"
     changes = [
         *BASE,
+        *OF_METHOD["tree_grpo"],
         f"rewards=[{{name: '{REWARD}'}}, {{name: composition_accuracy, weight: 0}}]",
         f"model.path={tiny_checkpoint}",
         f"output={folder}",
@@ -139,18 +155,18 @@ def test_a_run_leaves_everything_about_it(run: Path) -> None:
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     for picture in ("before_after.png", "curve.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")
-    records = checkpoint.read_lines(run / "metrics.jsonl")
+    records = read_lines(run / "metrics.jsonl")
     assert [record["iteration"] for record in records] == [0, 1, 2]
     for record in records:
         assert record.keys() >= METRICS
-        shape = build_plan(config.rollout, record["window_start"])
+        shape = method_of(config).plan(int(record["iteration"]))
         assert record["rollout_forwards"] == 2 * shape.rollout_forwards
         assert record["update_forwards"] == 2 * shape.update_forwards
         assert record["ratio_error"] < 1e-5
         assert record["gradient_norm"] > 0
         stages = sum(record[f"seconds_{stage}"] for stage in ("rollout", "reward", "update"))
         assert 0 < stages <= record["seconds"]
-    evaluations = checkpoint.read_lines(run / "evaluations.jsonl")
+    evaluations = read_lines(run / "evaluations.jsonl")
     assert [record["iteration"] for record in evaluations] == [0, 2, 3]
     summary = json.loads((run / "summary.json").read_text())
     assert summary["iterations"] == 3
@@ -186,14 +202,14 @@ def test_the_trained_model_is_sampled_and_evaluated(
     rewards = ["--reward", REWARD, "--reward", "composition_accuracy"]
     treegrpo("evaluate", model, *rewards, *arguments)
     # The same prompts and noises as the run's own last evaluation.
-    last = checkpoint.read_lines(run / "evaluations.jsonl")[-1]
+    last = read_lines(run / "evaluations.jsonl")[-1]
     for name, figure in json.loads(figures.read_text())["rewards"].items():
         assert figure["mean"] == pytest.approx(last[name], rel=1e-6)
         assert figure["standard_error"] == pytest.approx(last[f"{name}_standard_error"], rel=1e-6)
 
 
 def test_other_settings_do_not_resume_a_run(run: Path) -> None:
-    before = checkpoint.read_lines(run / "metrics.jsonl")
+    before = read_lines(run / "metrics.jsonl")
     changed = load_config(run / "config.yaml", ["train.learning_rate=0.5", "rollout.branching=3"])
     with pytest.raises(RunError) as caught:
         train(changed, resume=True)
@@ -201,7 +217,7 @@ def test_other_settings_do_not_resume_a_run(run: Path) -> None:
     assert "rollout.branching: was 2, now 3" in str(caught.value)
     with pytest.raises(RunError, match="already holds a run"):
         train(load_config(run / "config.yaml", []))
-    assert checkpoint.read_lines(run / "metrics.jsonl") == before
+    assert read_lines(run / "metrics.jsonl") == before
     linear = ["train.iterations=9", "train.learning_rate_schedule=linear"]
     with pytest.raises(RunError, match=r"train\.iterations: was 3, now 9"):
         train(load_config(run / "config.yaml", linear), resume=True)
@@ -210,7 +226,7 @@ def test_other_settings_do_not_resume_a_run(run: Path) -> None:
         *("train.iterations=9", "train.micro_batch=1", "rollout.max_batch=3"),
         *("rollout.offload=true", "rollout.decode_batch=2", "model.gradient_checkpointing=true"),
     ]
-    checkpoint.check_folder(load_config(run / "config.yaml", free), resume=True, overwrite=False)
+    check_run_folder(load_config(run / "config.yaml", free), resume=True, overwrite=False)
 
 
 def test_control_c_ends_a_run_that_can_go_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -233,7 +249,7 @@ def test_control_c_ends_a_run_that_can_go_on(tiny_checkpoint: Path, tmp_path: Pa
     assert "stopping after this iteration" in output
     assert "--resume" in output
     done = checkpoint.load_state(folder)["iteration"]
-    assert done == len(checkpoint.read_lines(folder / "metrics.jsonl")) > 0
+    assert done == len(read_lines(folder / "metrics.jsonl")) > 0
     assert (folder / "model" / "model_index.json").is_file()
     result = train(
         load_config(folder / "config.yaml", [f"train.iterations={done + 1}"]), resume=True
@@ -271,28 +287,28 @@ def test_first_update_reproduces_what_the_rollout_sampled(
     configure: Callable[..., Config], changes: tuple[str, ...]
 ) -> None:
     config = configure(*changes)
-    trainer, (metrics,) = iterate(config, 1)
+    run, (metrics,) = iterated(config, 1)
     # bfloat16 is exact here too, because both passes see batches of the same shape.
     assert metrics["ratio_error"] < 1e-5
     assert metrics["gradient_norm"] > 0
-    shape = build_plan(config.rollout, int(metrics["window_start"]))
+    shape = method_of(config).plan(int(metrics["iteration"]))
     assert metrics["rollout_forwards"] == 2 * shape.rollout_forwards
     assert metrics["update_forwards"] == 2 * shape.update_forwards
-    assert all(parameter.isfinite().all() for parameter in trainer.parameters)
+    assert all(parameter.isfinite().all() for parameter in run.learner.parameters)
 
 
 def test_work_is_counted_over_all_updates(configure: Callable[..., Config]) -> None:
     changes = ("train.inner_epochs=3", "train.updates_per_iteration=2", "train.ema_decay=0.5")
     config = configure(*changes)
-    trainer, (metrics,) = iterate(config, 1)
-    shape = build_plan(config.rollout, int(metrics["window_start"]))
+    run, (metrics,) = iterated(config, 1)
+    shape = method_of(config).plan(int(metrics["iteration"]))
     assert metrics["update_forwards"] == 3 * 2 * shape.update_forwards
     # The first update is on the sampling policy; the later ones are not.
     assert metrics["ratio_error"] < 1e-5
     assert metrics["ratio_min"] < 1 - 1e-5 or metrics["ratio_max"] > 1 + 1e-5
     assert 0 < metrics["clip_fraction"] < 1
-    assert trainer.average is not None
-    assert trainer.average.optimization_step == 6
+    assert run.learner.average is not None
+    assert run.learner.average.optimization_step == 6
 
 
 @pytest.mark.parametrize(
@@ -312,15 +328,15 @@ def test_some_settings_change_time_and_memory_only(
     changes: tuple[str, ...], configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Pictures of 256 levels would turn a difference in the last bit into one of a level.
-    monkeypatch.setattr("treegrpo.trainer.as_pictures", lambda images: images)
+    monkeypatch.setattr("treegrpo.training.collector.as_pictures", lambda images: images)
 
     def gradients(*changes: str) -> torch.Tensor:
         # With the terms that keep more than the states.
         extras = ("objective.guard=true", "objective.kl_weight=0.1")
-        trainer = Trainer(configure(*extras, *changes))
-        monkeypatch.setattr(trainer.optimizer, "zero_grad", lambda: None)
-        trainer.iterate()
-        return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
+        run = build(configure(*extras, *changes))
+        monkeypatch.setattr(run.learner.optimizer, "zero_grad", lambda: None)
+        iterate(run)
+        return torch.cat([p.grad.flatten() for p in run.learner.parameters if p.grad is not None])
 
     whole = gradients("train.micro_batch=64", "rollout.max_batch=64")
     assert whole.norm() > 1e-3
@@ -330,23 +346,23 @@ def test_some_settings_change_time_and_memory_only(
 @pytest.mark.parametrize("lora", [0, 2])
 def test_divergence_is_from_the_initial_model(configure: Callable[..., Config], lora: int) -> None:
     config = configure(f"model.lora_rank={lora}", "objective.kl_weight=0.1")
-    trainer, metrics = iterate(config, 2)
+    run, metrics = iterated(config, 2)
     assert metrics[0]["kl"] == 0
     assert metrics[1]["kl"] > 1e-6
     config.output.mkdir()
-    trainer.save()
+    run.save()
     # A resumed run measures from the initial model too, not from where it goes on.
-    resumed = Trainer(config, resume=True)
-    resumed.load()
-    assert resumed.iterate() | TIMES == trainer.iterate() | TIMES
-    assert equal(weights_of(trainer), weights_of(resumed))
+    resumed = build(config, resume=True)
+    resumed.restore()
+    assert iterate(resumed) | TIMES == iterate(run) | TIMES
+    assert equal(weights_of(run), weights_of(resumed))
 
 
 def test_every_iteration_draws_new_noises(configure: Callable[..., Config], tmp_path: Path) -> None:
     (tmp_path / "prompt.txt").write_text("a red circle\n")
     prompts = (f"prompts.train={tmp_path / 'prompt.txt'}", "prompts.held_out=miniature")
     changes = (*prompts, "train.learning_rate=1e-30")
-    _, (first, second) = iterate(configure(*changes, "rollout.window_schedule=fixed"), 2)
+    _, (first, second) = iterated(configure(*changes, "rollout.window_schedule=fixed"), 2)
     assert first["reward"] != second["reward"]
 
 
@@ -370,7 +386,7 @@ def test_a_resumed_run_is_the_unbroken_one(
     unbroken = train(configure(*changes, outputs[0], "train.iterations=4", "evaluation.every=1"))
     train(configure(*changes, outputs[1], "train.iterations=2"))
     # As if the run had been killed after it had logged one more iteration.
-    checkpoint.append_line(tmp_path / "broken" / "metrics.jsonl", {"iteration": 2})
+    append_line(tmp_path / "broken" / "metrics.jsonl", {"iteration": 2})
     resumed = train(
         configure(*changes, outputs[1], "train.iterations=4", "evaluation.every=1"), resume=True
     )
@@ -385,14 +401,14 @@ def test_a_resumed_run_is_the_unbroken_one(
         assert not equal(averages[0], states[0]["parameters"])
         assert equal(exported_weights(tmp_path / "broken" / "model"), averages[0])
     logs = [
-        [record | TIMES for record in checkpoint.read_lines(tmp_path / name / "metrics.jsonl")]
+        [record | TIMES for record in read_lines(tmp_path / name / "metrics.jsonl")]
         for name in ("unbroken", "broken")
     ]
     assert [record["iteration"] for record in logs[0]] == [0, 1, 2, 3]
     assert logs[0] == logs[1]
     # The broken run was looked at before and after its first part, and as often as told since then.
     looks = [
-        [record | TIMES for record in checkpoint.read_lines(tmp_path / name / "evaluations.jsonl")]
+        [record | TIMES for record in read_lines(tmp_path / name / "evaluations.jsonl")]
         for name in ("unbroken", "broken")
     ]
     assert [record["iteration"] for record in looks[0]] == [0, 1, 2, 3, 4]
@@ -405,13 +421,13 @@ def test_a_server_may_come_back_elsewhere(configure: Callable[..., Config]) -> N
         return configure(f"rewards=[{json.dumps(reward)}]")
 
     config = with_server("http://a:1", give_up_after_seconds=1)
-    checkpoint.prepare_folder(config, resume=False, overwrite=False)
-    (config.output / checkpoint.STATE_FILE).touch()
+    prepare_folder(config, resume=False, overwrite=False)
+    (config.output / STATE_FILE).touch()
     moved = with_server("http://b:2", give_up_after_seconds=900, token_env="TOKEN")
-    checkpoint.check_folder(moved, resume=True, overwrite=False)
+    check_run_folder(moved, resume=True, overwrite=False)
     other = configure("rewards=[{name: jpeg_compressibility, label: style}]")
     with pytest.raises(RunError, match="was made with other settings"):
-        checkpoint.check_folder(other, resume=True, overwrite=False)
+        check_run_folder(other, resume=True, overwrite=False)
 
 
 def test_what_cannot_be_resumed_is_refused_before_any_work(
@@ -425,15 +441,15 @@ def test_what_cannot_be_resumed_is_refused_before_any_work(
     state = (config.output / "checkpoint.pt").read_bytes()
     prompts.write_text("a red circle\na green circle\n")
     with pytest.raises(PromptError, match="was made with other prompts than these 2"):
-        Trainer(config, resume=True)
+        build(config, resume=True)
     for damaged in (state[:1000], b""):
         (config.output / "checkpoint.pt").write_bytes(damaged)
         with pytest.raises(RunError, match=r"checkpoint\.pt is damaged and cannot be resumed from"):
-            Trainer(config, resume=True)
+            build(config, resume=True)
     # A line that a crash cut short is no record.
     with (config.output / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 7, "rew')
-    assert checkpoint.read_lines(config.output / "metrics.jsonl")[-1]["iteration"] == 0
+    assert read_lines(config.output / "metrics.jsonl")[-1]["iteration"] == 0
 
 
 def test_an_evaluation_that_failed_is_made_up_for(
@@ -453,20 +469,20 @@ def test_an_evaluation_that_failed_is_made_up_for(
         with pytest.raises(RewardError):
             train(config)
     train(config, resume=True)
-    records = checkpoint.read_lines(config.output / "evaluations.jsonl")
+    records = read_lines(config.output / "evaluations.jsonl")
     assert [record["iteration"] for record in records] == [0, 1, 2]
 
 
 def test_a_gradient_that_is_not_finite_is_not_followed(configure: Callable[..., Config]) -> None:
-    trainer = Trainer(configure())
-    before = weights_of(trainer)
-    trainer.iteration = 1  # where nobody looks at the first ratio
-    trainer.policy.network.proj_out.register_forward_hook(
+    run = build(configure())
+    before = weights_of(run)
+    run.progress.iteration = 1  # where nobody looks at the first ratio
+    run.policy.network.proj_out.register_forward_hook(
         lambda module, inputs, output: output * torch.nan if torch.is_grad_enabled() else output
     )
     with pytest.raises(UserError, match="the gradient of iteration 1 is not finite"):
-        trainer.iterate()
-    assert equal(weights_of(trainer), before)
+        iterate(run)
+    assert equal(weights_of(run), before)
 
 
 def test_a_run_whose_reward_fails_goes_on_as_if_it_had_not(
@@ -474,7 +490,7 @@ def test_a_run_whose_reward_fails_goes_on_as_if_it_had_not(
 ) -> None:
     # Under the linear schedule, a run of another length would have learned at other rates.
     config = configure("train.iterations=3", "train.learning_rate_schedule=linear")
-    unbroken, expected = iterate(config, 3)
+    unbroken, expected = iterated(config, 3)
     rates = [record["learning_rate"] for record in expected]
     assert rates == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])
     calls: list[int] = []
@@ -499,7 +515,7 @@ def test_a_run_whose_reward_fails_goes_on_as_if_it_had_not(
     assert train(config, resume=True).iterations == 3
     state = checkpoint.load_state(config.output)
     assert equal(state["parameters"], weights_of(unbroken))
-    records = checkpoint.read_lines(config.output / "metrics.jsonl")
+    records = read_lines(config.output / "metrics.jsonl")
     for record, other in zip(records, expected, strict=True):
         # Only `train` knows the untrained model's rewards, by which it normalizes.
         assert record.keys() - other.keys() == {f"reward_normalized/{REWARD}"}
@@ -509,43 +525,43 @@ def test_a_run_whose_reward_fails_goes_on_as_if_it_had_not(
 def test_a_reward_that_is_not_a_number_is_refused(
     configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(configure())
-    before = weights_of(trainer)
+    run = build(configure())
+    before = weights_of(run)
     monkeypatch.setitem(
-        trainer.rewards, REWARD, lambda images, *_: torch.full((len(images),), torch.nan)
+        run.rewards, REWARD, lambda images, *_: torch.full((len(images),), torch.nan)
     )
     with pytest.raises(RewardError, match=f"{REWARD}' returned nan for the prompt '"):
-        trainer.iterate()
-    assert equal(weights_of(trainer), before)
+        iterate(run)
+    assert equal(weights_of(run), before)
 
 
 def test_an_interrupted_update_is_repeated(
     configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, expected = iterate(configure(), 1)
-    trainer = Trainer(configure())
+    _, expected = iterated(configure(), 1)
+    run = build(configure())
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.accelerator, "backward", _out_of_memory)
+        patch.setattr(run.engine, "backward", _out_of_memory)
         with pytest.raises(RuntimeError, match="out of memory"):
-            trainer.iterate()
-    assert trainer.iterate() | TIMES == expected[0] | TIMES
+            iterate(run)
+    assert iterate(run) | TIMES == expected[0] | TIMES
 
 
-def _out_of_memory(loss: torch.Tensor) -> None:
+def _out_of_memory(*arguments: object, **options: object) -> None:
     raise RuntimeError("out of memory")
 
 
 def test_a_model_that_does_not_reproduce_itself_is_not_updated(
     configure: Callable[..., Config],
 ) -> None:
-    trainer = Trainer(configure())
-    before = weights_of(trainer)
-    trainer.policy.network.register_forward_hook(
+    run = build(configure())
+    before = weights_of(run)
+    run.policy.network.register_forward_hook(
         lambda module, inputs, outputs: (torch.nn.functional.dropout(outputs[0], 0.1),)
     )
     with pytest.raises(UserError, match=r"the first update's ratio is off 1 by .*dropout"):
-        trainer.iterate()
-    assert equal(weights_of(trainer), before)
+        iterate(run)
+    assert equal(weights_of(run), before)
 
 
 def test_exported_lora_weights_know_their_base_model(
@@ -556,13 +572,13 @@ def test_exported_lora_weights_know_their_base_model(
 ) -> None:
     monkeypatch.chdir(tiny_checkpoint.parent)
     changes = (f"model.path=./{tiny_checkpoint.name}", "model.lora_rank=2")
-    trainer, _ = iterate(configure(*changes), 1)
-    trainer.export(tmp_path / "lora")
+    run, _ = iterated(configure(*changes), 1)
+    run.export(tmp_path / "lora")
     monkeypatch.chdir(tmp_path)
     assert load_policy("lora", device=torch.device("cpu")).sampling.steps == STEPS
     # Training them as if they were a whole model would export neither.
     with pytest.raises(ModelError, match=r"model\.path: lora holds LoRA weights"):
-        Trainer(configure("model.path=lora"))
+        build(configure("model.path=lora"))
 
 
 # --- disks ---
@@ -611,10 +627,10 @@ def test_training_raises_the_reward(configure: Callable[..., Config]) -> None:
         "train.learning_rate=3e-3",
         "evaluation.max_prompts=16",
     )
-    trainer = Trainer(config)
-    before = trainer.evaluate().scores[REWARD]
+    run = build(config)
+    before = run.measure().scores[REWARD]
     for _ in range(8):
-        trainer.iterate()
+        iterate(run)
     # The same prompts and noises, so the difference is the training's.
-    gain = trainer.evaluate().scores[REWARD] - before
+    gain = run.measure().scores[REWARD] - before
     assert gain.mean() > 10 * gain.std() / len(gain) ** 0.5

@@ -6,7 +6,7 @@ do in an iteration (`loop.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from treegrpo.run_folder import (
     EVALUATIONS_FILE,
     FAILED_REWARD_FOLDER,
     METRICS_FILE,
-    MODEL_FOLDER,
     drop_lines_from,
     located,
 )
@@ -65,7 +64,7 @@ class Run:
     engine: Engine
     method: Method
     policy: Policy
-    rewards: Mapping[str, Reward]
+    rewards: dict[str, Reward]
     held_out: Sequence[Prompt]
     sampler: PromptSampler
     collector: Collector
@@ -125,13 +124,11 @@ class Run:
             drop_lines_from(folder / METRICS_FILE, done)
             drop_lines_from(folder / EVALUATIONS_FILE, done + 1)
 
-    def export(self) -> Path:
-        """Write the trained model for diffusers; returns its folder."""
-        folder = self.config.output / MODEL_FOLDER
+    def export(self, folder: Path) -> None:
+        """Write the trained model for diffusers."""
         with self.learner.averaged():
             # LoRA weights name their base model, which must be found from any folder.
             export(self.policy, folder, located(self.config).model.path)
-        return folder
 
     def seconds_left(self, limit: float) -> float:
         """Until the last iteration or the time limit, at the speed so far."""

@@ -16,7 +16,7 @@ from treegrpo.errors import UserError
 from treegrpo.report.model_card import write_model_card
 from treegrpo.report.run import TrainingResult, describe, write_report
 from treegrpo.rewards import RewardError, closing
-from treegrpo.run_folder import prepare_folder
+from treegrpo.run_folder import MODEL_FOLDER, prepare_folder
 from treegrpo.tracking import Tracker
 from treegrpo.training.build import Run, build
 from treegrpo.training.held_out import HeldOut
@@ -68,7 +68,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         config.output, held_out.before, held_out.last, vars(progress), interrupted=interrupted
     )
     if engine.is_main:
-        write_model_card(run.export(), config, run.policy, result)
+        run.export(config.output / MODEL_FOLDER)
+        write_model_card(config.output / MODEL_FOLDER, config, run.policy, result)
         write_report(config, held_out.before, held_out.last, result, display)
     tracker.finish()
     return result
