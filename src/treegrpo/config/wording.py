@@ -107,9 +107,9 @@ def _line(details: ErrorDetails, config: type[Config]) -> str:
     if kind == "extra_forbidden":
         methods = methods_with(key_path)
         if methods:
-            mine = next(m for m in [*BUILT_IN, ""] if not m or config_class(m) is config)
+            mine = config.model_fields["rollout"].get_default(call_default_factory=True).method
             return (
-                f"{key_path}: {mine or 'the method'} has no such setting; "
+                f"{key_path}: {mine} has no such setting; "
                 f"{' and '.join(methods)} {'has' if len(methods) == 1 else 'have'}"
             )
         return f"{key_path}: unknown key; {_suggest(location, config)}"

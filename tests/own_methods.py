@@ -1,0 +1,106 @@
+"""Methods as a user would write them, named in configurations as `own_methods:NAME`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from treegrpo.advantage import backup
+from treegrpo.methods import Credit, Method, Scores
+from treegrpo.methods.settings import GroupSettings, ObjectiveSettings
+from treegrpo.methods.trees import TreeGRPO, TreeSettings
+from treegrpo.objective import Loss
+from treegrpo.plan import RolloutPlan
+from treegrpo.rollout import Predict, Rollout
+
+
+class BestSettings(TreeSettings):
+    """How samples are grown."""
+
+    best: Annotated[int, Field(ge=1)] = 1
+    """Leaves of a prompt that are worth something."""
+
+
+class BestLeaves(TreeGRPO):
+    """A tree in which only the best leaves count: a method with its own setting and credit."""
+
+    rollout_settings = BestSettings
+    rollout: BestSettings
+
+    def credit(self, scores: Scores, forest: Rollout) -> Credit:
+        """One for the best leaves, backed up by the mean."""
+        values = self.leaf_advantages(scores)
+        bound = values.topk(self.rollout.best, dim=1).values[:, -1:]
+        leaves = (values >= bound).float()
+        return Credit.of(leaves, backup(leaves, forest.log_probs, forest.plan, mode="uniform"))
+
+
+class ForwardProcessSettings(ObjectiveSettings):
+    """What the forward-process loss is made of."""
+
+    strength: Annotated[float, Field(gt=0)] = 1.0
+    """How far the implicit positive and negative policies lie from the sampling one."""
+
+
+class ForwardProcess(Method):
+    """DiffusionNFT's loss (arXiv 2509.16117) on deterministic samples: no ratios, no edges.
+
+    For rectified flows and one optimizer step an iteration, in which the sampling policy is the one
+    under training.
+    """
+
+    rollout_settings = GroupSettings
+    objective_settings = ForwardProcessSettings
+    rollout: GroupSettings
+    objective: ForwardProcessSettings
+    needs_edges = False
+
+    def plan(self, iteration: int) -> RolloutPlan:
+        """Independent deterministic trajectories."""
+        steps = self.rollout.steps
+        return RolloutPlan(self.rollout.group_size, (1,) * steps, (False,) * steps)
+
+    def update_forwards(self, plan: RolloutPlan) -> int:
+        """One per leaf."""
+        return plan.leaves
+
+    def losses(
+        self,
+        predict: Predict,
+        forest: Rollout,
+        credit: Credit,
+        *,
+        reference: Sequence[Tensor] | None,
+        prompts: slice,
+        micro_batch: int,
+    ) -> Iterator[Loss]:
+        """Leaves noised again to a random level: good ones pull the velocity, bad ones push it."""
+        device, strength = credit.leaves.device, self.objective.strength
+        clip = self.advantage.advantage_clip or 5.0
+        weights = (credit.leaves[prompts] / clip / 2 + 0.5).clamp(0, 1).flatten()
+        leaves = forest.leaves[prompts].flatten(0, 1)
+        count, size = len(leaves), micro_batch
+        owners = torch.arange(forest.leaves.shape[0], device=device)[prompts]
+        owners = owners.repeat_interleave(forest.leaves.shape[1])
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            clean, weight = leaves[part].to(device), weights[part]
+            step = int(torch.randint(forest.plan.steps, ()))
+            sigma, noise = forest.schedule.sigma[step], torch.randn_like(clean)
+            target = noise - clean
+            velocity = predict((1 - sigma) * clean + sigma * noise, step, owners[part])
+            old = velocity.detach()
+            positive = old + strength * (velocity - old)
+            negative = old - strength * (velocity - old)
+            errors = [(v - target).square().flatten(1).mean(1) for v in (positive, negative)]
+            each = weight * errors[0] + (1 - weight) * errors[1]
+            yield Loss(
+                each.sum() / count / strength,
+                len(clean),
+                is_last=start + size >= count,
+                means={"matching_error": errors[0].detach()},
+            )
