@@ -20,10 +20,17 @@ from itertools import accumulate
 from pathlib import Path
 
 from treegrpo.config import load_config
+from treegrpo.methods.window import WindowMethod
 from treegrpo.plan import WindowSchedule
-from treegrpo.trainer import Trainer
+from treegrpo.training.build import Run, build
+from treegrpo.training.loop import iterate
 
-METHODS = ("tree_grpo", "flow_grpo", "mix_grpo")
+WINDOW = ("rollout.window_size=3", "rollout.window_schedule=random", "rollout.window_decay=0.5")
+METHODS = {
+    "tree_grpo": ("rollout.trees=1", "rollout.branching=3", *WINDOW),
+    "flow_grpo": ("rollout.group_size=27",),
+    "mix_grpo": ("rollout.group_size=27", *WINDOW),
+}
 
 
 def window_starts(window: WindowSchedule, rounds: int) -> list[int]:
@@ -33,6 +40,12 @@ def window_starts(window: WindowSchedule, rounds: int) -> list[int]:
         next(start for start, total in enumerate(cumulative) if total >= (index + 0.5) / rounds)
         for index in range(rounds)
     ]
+
+
+def move_window(run: Run, start: int) -> None:
+    """Let the next iteration have it there, if its method has one."""
+    if isinstance(run.method, WindowMethod):
+        run.method.window = replace(run.method.window, kind="fixed", start=start)
 
 
 def main() -> None:
@@ -45,8 +58,8 @@ def main() -> None:
     rounds, prompts = (3, 10) if options.quick else (options.rounds, options.prompts)
 
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {
-            method: Trainer(
+        runs = {
+            method: build(
                 load_config(
                     None,
                     [
@@ -54,12 +67,7 @@ def main() -> None:
                         f"output={Path(folder) / method}",
                         f"rollout.method={method}",
                         "rollout.steps=10",
-                        "rollout.trees=1",
-                        "rollout.branching=3",
-                        "rollout.window_size=3",
-                        "rollout.window_schedule=random",
-                        "rollout.window_decay=0.5",
-                        "rollout.group_size=27",
+                        *settings,
                         "rollout.transition=flow_sde",
                         f"rollout.prompts_per_iteration={prompts}",
                         "train.updates_per_iteration=1",
@@ -70,16 +78,18 @@ def main() -> None:
                     ],
                 )
             )
-            for method in METHODS
+            for method, settings in METHODS.items()
         }
         seconds: dict[str, list[float]] = {method: [] for method in METHODS}
         forwards = {method: [0, 0] for method in METHODS}
-        for trainer in trainers.values():
-            trainer.iterate()  # warm-up: caches of embeddings and allocators
-        for start in window_starts(trainers["tree_grpo"].window, rounds):
-            for method, trainer in trainers.items():
-                trainer.window = replace(trainer.window, kind="fixed", start=start)
-                metrics = trainer.iterate()
+        for run in runs.values():
+            iterate(run)  # warm-up: caches of embeddings and allocators
+        tree = runs["tree_grpo"].method
+        assert isinstance(tree, WindowMethod)
+        for start in window_starts(tree.window, rounds):
+            for method, run in runs.items():
+                move_window(run, start)
+                metrics = iterate(run)
                 seconds[method].append(metrics["seconds"])
                 forwards[method][0] += int(metrics["rollout_forwards"])
                 forwards[method][1] += int(metrics["update_forwards"])

@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from treegrpo.config import load_config
-from treegrpo.trainer import train
+from treegrpo.training.loop import train
 
 
 def main() -> None:

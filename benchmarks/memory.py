@@ -26,7 +26,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from treegrpo.config import Config, load_config
 from treegrpo.memory import Estimate, estimate
 from treegrpo.models.policy import Policy, quiet_libraries
-from treegrpo.trainer import Trainer
+from treegrpo.training.build import Run, build
+from treegrpo.training.loop import iterate
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import tiny_checkpoints
@@ -92,26 +93,27 @@ def measure(config: Config) -> dict[str, int]:
         patch.object(Policy, "prepare", within("encode", Policy.prepare)),
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler,
     ):
-        trainer = Trainer(config)
+        run = build(config)
     encode = peak_by_range(profiler, {"encode"})  # before anything that stays
-    trainer.iterate()  # from now on the optimizer has moments
-    trainer.evaluate = within("evaluation", trainer.evaluate)  # type: ignore[method-assign]
+    iterate(run)  # from now on the optimizer has moments
+    run.measure = within("evaluation", run.measure)  # type: ignore[method-assign]
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer.evaluate()
+        run.measure()
     evaluation = peak_by_range(profiler, {"evaluation"})
-    policy: Any = trainer.policy
-    trainer._rollout = within("rollout", trainer._rollout)  # type: ignore[method-assign]
-    policy.decode = within("decode", policy.decode)
-    trainer._reference_means = within("reference", trainer._reference_means)  # type: ignore[method-assign]
-    trainer._update = within("update", trainer._update)  # type: ignore[method-assign]
-    trainer.optimizer.step = within("optimizer", trainer.optimizer.step)
+    collector: Any = run.collector
+    learner: Any = run.learner
+    collector._grow = within("rollout", collector._grow)
+    learner.policy.decode = within("decode", learner.policy.decode)
+    learner._at_reference = within("reference", learner._at_reference)
+    learner._optimize = within("update", learner._optimize)
+    learner.optimizer.step = within("optimizer", learner.optimizer.step)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        trainer.iterate()
+        iterate(run)
     names = {"rollout", "decode", "reference", "update", "optimizer"}
     peaks = evaluation | peak_by_range(profiler, names)
-    if config.objective.kl_weight == 0:
+    if not run.method.needs_reference:
         del peaks["reference"]
-    return encode | {name: peak + constant_bytes(trainer) for name, peak in peaks.items()}
+    return encode | {name: peak + constant_bytes(run) for name, peak in peaks.items()}
 
 
 def peak_by_range(profiler: Any, names: set[str]) -> dict[str, int]:
@@ -129,15 +131,15 @@ def peak_by_range(profiler: Any, names: set[str]) -> dict[str, int]:
     return peaks
 
 
-def constant_bytes(trainer: Trainer) -> int:
+def constant_bytes(run: Run) -> int:
     """Of real tensors: weights, the optimizer's state, the average, the reference."""
-    tensors = [*trainer.policy.network.parameters(), *trainer.policy.vae.parameters()]
-    for state in trainer.optimizer.state.values():
+    tensors = [*run.policy.network.parameters(), *run.policy.vae.parameters()]
+    for state in run.learner.optimizer.state.values():
         tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    if trainer.average is not None:
-        tensors += trainer.average.shadow_params
-    if trainer.reference is not None:
-        tensors += trainer.reference.parameters()
+    if run.learner.average is not None:
+        tensors += run.learner.average.shadow_params
+    if run.learner.reference is not None:
+        tensors += run.learner.reference.parameters()
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -19,7 +19,8 @@ from typing import Any
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from treegrpo.config import load_config
-from treegrpo.trainer import Trainer
+from treegrpo.training.build import build
+from treegrpo.training.loop import iterate
 
 USEFUL = ("model forward", "model backward", "decode", "reward")
 
@@ -41,23 +42,22 @@ def main() -> None:
     iterations = 2 if options.quick else 6
 
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        run = build(
             load_config(
                 None, [f"model.path={options.model}", f"output={folder}", *options.overrides]
             )
         )
-        trainer.iterate()  # warm-up
-        transformer = trainer.policy.network
+        iterate(run)  # warm-up
+        transformer = run.policy.network
         transformer.forward = ranged("model forward", transformer.forward)
-        trainer.accelerator.backward = ranged("model backward", trainer.accelerator.backward)
-        trainer.policy.decode = ranged("decode", trainer.policy.decode)  # type: ignore[method-assign]
-        trainer.rewards = {
-            name: ranged("reward", reward) for name, reward in trainer.rewards.items()
-        }
+        run.engine.backward = ranged("model backward", run.engine.backward)  # type: ignore[method-assign]
+        run.policy.decode = ranged("decode", run.policy.decode)  # type: ignore[method-assign]
+        for name, reward in run.rewards.items():
+            run.rewards[name] = ranged("reward", reward)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             for _ in range(iterations):
                 with record_function("iteration"):
-                    trainer.iterate()
+                    iterate(run)
 
     totals = {event.key: event.cpu_time_total / 1e6 for event in profiler.key_averages()}
     whole = totals["iteration"]

@@ -39,8 +39,8 @@ from torch import Tensor
 from treegrpo.config import load_config
 from treegrpo.rewards import Reward, load_reward
 
-if TYPE_CHECKING:  # the servers import this file, too, and need no trainer
-    from treegrpo.trainer import Trainer
+if TYPE_CHECKING:  # the servers import this file, too, and train nothing
+    from treegrpo.training.build import Run
 
 BATCHES = 4  # an iteration's, and its requests
 LEAVES = 27
@@ -61,7 +61,7 @@ class Sleeper:
 
 
 class Waiting:
-    """A reward that is waited for: without `concurrent`, it is called in the trainer's thread."""
+    """A reward that is waited for: without `concurrent`, it is called in the main thread."""
 
     def __init__(self, reward: Reward) -> None:
         self.reward = reward
@@ -88,15 +88,17 @@ def serving(seconds: float) -> Iterator[str]:
 
 
 def measure(
-    trainers: dict[str, Trainer], url: str, request: int, rounds: int
+    runs: dict[str, Run], url: str, request: int, rounds: int
 ) -> dict[str, list[dict[str, float]]]:
     """The metrics of each round's iteration, by way of asking."""
+    from treegrpo.training.loop import iterate
+
     remote = load_reward(url, {"batch_size": request})
-    records: dict[str, list[dict[str, float]]] = {name: [] for name in trainers}
+    records: dict[str, list[dict[str, float]]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, trainer in trainers.items():
-            trainer.rewards = {"sleeper": Waiting(remote) if name == "waiting" else remote}
-            records[name].append(trainer.iterate())
+        for name, run in runs.items():
+            run.rewards["sleeper"] = Waiting(remote) if name == "waiting" else remote
+            records[name].append(iterate(run))
     return records
 
 
@@ -105,7 +107,7 @@ def median(records: list[dict[str, float]], *stages: str) -> float:
 
 
 def main() -> None:
-    from treegrpo.trainer import Trainer
+    from treegrpo.training.build import build
 
     parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
     parser.add_argument("--quick", action="store_true", help="under a minute")
@@ -121,8 +123,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as servers:
         urls = [servers.enter_context(serving(seconds)) for seconds in SECONDS]
-        trainers = {
-            name: Trainer(
+        runs = {
+            name: build(
                 load_config(
                     None,
                     [
@@ -139,8 +141,8 @@ def main() -> None:
             for name, share in PROMPTS_PER_BATCH.items()
         }
         request = prompts // BATCHES * LEAVES
-        measure(trainers, urls[-1], request, 1)  # caches of embeddings and allocators
-        results = [measure(trainers, url, request, rounds) for url in urls]
+        measure(runs, urls[-1], request, 1)  # caches of embeddings and allocators
+        results = [measure(runs, url, request, rounds) for url in urls]
     load.append(round(os.getloadavg()[0], 1))
 
     print(f"{rounds} rounds, {prompts} prompts x {LEAVES} leaves in {BATCHES} requests, medians")

@@ -90,7 +90,7 @@ def test_weights_optimizer_and_forwards_are_those_of_a_run(
     assert parts["optimizer"] == bytes_of(state)
     average = [] if run.learner.average is None else run.learner.average.shadow_params
     assert parts.get("average", 0) == bytes_of(average)
-    reference = [] if run.learner._reference is None else list(run.learner._reference.parameters())
+    reference = [] if run.learner.reference is None else list(run.learner._reference.parameters())
     assert parts.get("reference", 0) == bytes_of(reference)
     assert parts["gradients"] == bytes_of(trained)
 

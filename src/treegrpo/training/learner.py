@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from treegrpo.config import TrainConfig
 from treegrpo.errors import UserError
 from treegrpo.methods import Credit, Method
-from treegrpo.models.policy import Policy
+from treegrpo.models.adapters import has_lora
+from treegrpo.models.policy import Conditioning, Policy
+from treegrpo.rollout import Predict, Rollout
 from treegrpo.training.collector import Batch
 from treegrpo.training.engine import Engine
 from treegrpo.training.metrics import UpdateMetrics
@@ -33,6 +35,7 @@ class Learner:
         parameters: those that are trained.
         optimizer: AdamW over them.
         average: their moving average, if one is kept.
+        reference: a frozen copy of the initial network, where the losses need one.
     """
 
     def __init__(
@@ -61,10 +64,10 @@ class Learner:
         decay = settings.ema_decay
         self.average = None if decay is None else EMAModel(self.parameters, decay=decay)
         # With LoRA, the initial model is the network without its adapters.
-        has_copy = method.needs_reference and not policy.uses_lora
-        self._reference = copy.deepcopy(policy.network).requires_grad_(False) if has_copy else None
-        if self._reference is not None and method.reference_on_cpu:
-            self._reference.cpu()
+        has_copy = method.needs_reference and not has_lora(policy)
+        self.reference = copy.deepcopy(policy.network).requires_grad_(False) if has_copy else None
+        if self.reference is not None and method.reference_on_cpu:
+            self.reference.cpu()
         self._warnings = warnings
 
     def update(self, batch: Batch, credit: Credit, iteration: int) -> dict[str, float]:
@@ -74,43 +77,53 @@ class Learner:
             UserError: the model does not reproduce what it sampled with, or training has diverged:
                 the step was not taken.
         """
-        settings = self._settings
         rate = self._set_learning_rate(iteration)
         conditioning = self.policy.encode([prompt.text for prompt in batch.prompts])
         steps = batch.forest.plan.steps
         predict = self.policy.predictor(conditioning, steps, self._network)
-        reference = self._at_reference(batch)
-        share = len(batch.prompts) // settings.updates_per_iteration
-        total, first, norms = UpdateMetrics(), None, []
-        for _ in range(settings.inner_epochs):
-            for start in range(0, len(batch.prompts), share):
-                metrics = UpdateMetrics()
-                for loss in self._method.losses(
-                    predict,
-                    batch.forest,
-                    credit,
-                    reference=reference,
-                    prompts=slice(start, start + share),
-                    micro_batch=settings.micro_batch,
-                ):
-                    # Processes exchange gradients once a step, with its last micro-batch.
-                    self._engine.backward(loss.value, self._network, exchange=loss.is_last)
-                    metrics.add(loss)
-                if first is None:
-                    first = self._over_processes(metrics).record()
-                    if iteration == 0:
-                        self._warnings += self._method.check_first_update(first)
-                norms.append(self._step(iteration))
-                total.merge(metrics)
-        everyones = self._over_processes(total)
-        assert first is not None
+        reference = self._at_reference(batch, conditioning)
+        first, total, norm = self._optimize(predict, batch.forest, credit, reference, iteration)
         return {
-            **everyones.record(),
+            **total.record(),
             **{name: first[name] for name in self._method.first_update_metrics},
-            "gradient_norm": sum(norms) / len(norms),
-            "update_forwards": everyones.forwards,
+            "gradient_norm": norm,
+            "update_forwards": total.forwards,
             "learning_rate": rate,
         }
+
+    def _optimize(
+        self,
+        predict: Predict,
+        forest: Rollout,
+        credit: Credit,
+        reference: tuple[Tensor, ...] | None,
+        iteration: int,
+    ) -> tuple[dict[str, float], UpdateMetrics, float]:
+        """Returns the first step's figures, all steps', and the mean norm of their gradients."""
+        settings, prompts = self._settings, forest.leaves.shape[0]
+        share = prompts // settings.updates_per_iteration
+        first: dict[str, float] = {}
+        total, norms = UpdateMetrics(), []
+        for start in [*range(0, prompts, share)] * settings.inner_epochs:
+            metrics = UpdateMetrics()
+            for loss in self._method.losses(
+                predict,
+                forest,
+                credit,
+                reference=reference,
+                prompts=slice(start, start + share),
+                micro_batch=settings.micro_batch,
+            ):
+                # Processes exchange gradients once a step, with its last micro-batch.
+                self._engine.backward(loss.value, self._network, exchange=loss.is_last)
+                metrics.add(loss)
+            if not first:
+                first = self._over_processes(metrics).record()
+                if iteration == 0:
+                    self._warnings += self._method.check_first_update(first)
+            norms.append(self._step(iteration))
+            total.merge(metrics)
+        return first, self._over_processes(total), sum(norms) / len(norms)
 
     def _step(self, iteration: int) -> float:
         """Take the optimizer's step; returns the gradient's norm."""
@@ -145,12 +158,11 @@ class Learner:
         everyones.loss /= self._engine.processes
         return everyones
 
-    def _at_reference(self, batch: Batch) -> tuple[Tensor, ...] | None:
+    def _at_reference(self, batch: Batch, conditioning: Conditioning) -> tuple[Tensor, ...] | None:
         """What the losses need of the initial model."""
         if not self._method.needs_reference:
             return None
         with self._initial_network() as network:
-            conditioning = self.policy.encode([prompt.text for prompt in batch.prompts])
             predict = self.policy.predictor(conditioning, batch.forest.plan.steps, network)
             return self._method.reference(
                 predict, batch.forest, self.policy.device, self._settings.micro_batch
@@ -158,7 +170,7 @@ class Learner:
 
     @contextmanager
     def _initial_network(self) -> Iterator[nn.Module]:
-        network: Any = self._reference
+        network: Any = self.reference
         if network is None:
             network = self.policy.network
             network.disable_adapters()
