@@ -202,7 +202,7 @@ def policy_gradients(
     values = leaf_advantages([reward.value(forest.leaves)], [1.0], std="none")
     edges = backup(values, [level.log_prob for level in forest.levels], plan, mode=mode)
     for loss in losses(policy, forest, edges.levels):
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.value.backward()  # type: ignore[no-untyped-call]
     assert shift.grad is not None
     # The loss is averaged over groups, and descends.
     return -shift.grad * groups

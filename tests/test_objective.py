@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from treegrpo.advantage import backup, leaf_advantages
-from treegrpo.objective import UpdateStatistics, clipped_surrogate, gaussian_kl, losses, node_means
+from treegrpo.objective import Loss, clipped_surrogate, gaussian_kl, losses, node_means
 from treegrpo.plan import RolloutPlan, flow_grpo, tree_grpo
 from treegrpo.rollout import Rollout, join, rollout
+from treegrpo.training.metrics import UpdateMetrics
 from treegrpo.transition import Reduction, clean_and_noise, flow_schedule, transitions
 
 DIMENSIONS, PROMPTS, STEPS = 3, 3, 5
@@ -73,6 +74,17 @@ def normal_log_prob(x: Tensor, mean: Tensor, std: float) -> Tensor:
     return density
 
 
+def backward(each_loss: Iterator[Loss], metrics: UpdateMetrics | None = None) -> float:
+    """Add the gradient of all parts; returns their sum."""
+    total = 0.0
+    for loss in each_loss:
+        if metrics is not None:
+            metrics.add(loss)
+        loss.value.backward()  # type: ignore[no-untyped-call]
+        total += loss.value.item()
+    return total
+
+
 def gradient(policy: Policy, run: Callable[[], None]) -> Tensor:
     policy.zero_grad()
     run()
@@ -98,11 +110,10 @@ def test_first_update_has_ratio_one_and_the_plain_policy_gradient(
 ) -> None:
     policy = Policy(dtype)
     forest, advantages = forest_of(policy, reduction=reduction)
-    statistics = UpdateStatistics()
+    metrics = UpdateMetrics()
 
     def clipped() -> None:
-        for loss in losses(policy, forest, advantages, statistics=statistics):
-            loss.backward()  # type: ignore[no-untyped-call]
+        backward(losses(policy, forest, advantages), metrics)
 
     def plain() -> None:
         total = torch.zeros((), dtype=dtype)
@@ -118,10 +129,11 @@ def test_first_update_has_ratio_one_and_the_plain_policy_gradient(
         (total / (PROMPTS * TREE.edges)).backward()  # type: ignore[no-untyped-call]
 
     actual, expected = gradient(policy, clipped), gradient(policy, plain)
-    assert statistics.ratio_error < 1e-6
-    assert statistics.ratio_min == pytest.approx(1.0, abs=1e-6)
-    assert statistics.ratio_max == pytest.approx(1.0, abs=1e-6)
-    assert statistics.clipped == 0
+    record = metrics.record()
+    assert record["ratio_error"] < 1e-6
+    assert record["ratio_min"] == pytest.approx(1.0, abs=1e-6)
+    assert record["ratio_max"] == pytest.approx(1.0, abs=1e-6)
+    assert record["clip_fraction"] == 0
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
     assert expected.abs().max() > 1e-3
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
@@ -133,9 +145,9 @@ def test_micro_batches_do_not_change_the_summed_gradient(micro_batch: int) -> No
     forest, advantages = forest_of(behavior, keep_means=True)
     policy = moved(behavior)
 
-    def run(size: int | None, statistics: UpdateStatistics) -> Callable[[], None]:
-        def backward() -> None:
-            for loss in losses(
+    def run(size: int | None, metrics: UpdateMetrics) -> Callable[[], None]:
+        def all_parts() -> None:
+            parts = losses(
                 policy,
                 forest,
                 advantages,
@@ -145,20 +157,18 @@ def test_micro_batches_do_not_change_the_summed_gradient(micro_batch: int) -> No
                 kl_weight=0.1,
                 reference=node_means(behavior, forest, torch.device("cpu"), size),
                 guard=True,
-                statistics=statistics,
-            ):
-                loss.backward()  # type: ignore[no-untyped-call]
+            )
+            backward(parts, metrics)
 
-        return backward
+        return all_parts
 
-    whole, parts = UpdateStatistics(), UpdateStatistics()
+    whole, parts = UpdateMetrics(), UpdateMetrics()
     expected = gradient(policy, run(None, whole))
     actual = gradient(policy, run(micro_batch, parts))
     assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
     # The step is such that the clip acts on some edges and not on others.
-    assert 0 < whole.clipped == parts.clipped < whole.edges
-    for name in ("loss", "ratio_mean", "ratio_min", "ratio_max", "kl", "clip_fraction"):
-        assert getattr(parts, name) == pytest.approx(getattr(whole, name), rel=1e-10), name
+    assert 0 < whole.record()["clip_fraction"] < 1
+    assert parts.record() == pytest.approx(whole.record(), rel=1e-10)
 
 
 @pytest.mark.parametrize("max_batch", [1, 5, 1000])
@@ -210,18 +220,17 @@ def test_kl_is_torchs(reduction: Reduction) -> None:
 def test_kl_to_the_reference_is_averaged_over_edges_and_weighted() -> None:
     behavior = Policy()
     forest, advantages = forest_of(behavior)
-    reference, statistics = moved(behavior, 0.5), UpdateStatistics()
-    without = sum(loss.item() for loss in losses(behavior, forest, advantages))
-    with_kl = sum(
-        loss.item()
-        for loss in losses(
+    reference, metrics = moved(behavior, 0.5), UpdateMetrics()
+    without = backward(losses(behavior, forest, advantages))
+    with_kl = backward(
+        losses(
             behavior,
             forest,
             advantages,
             kl_weight=0.5,
             reference=node_means(reference, forest, torch.device("cpu"), 4),
-            statistics=statistics,
-        )
+        ),
+        metrics,
     )
     total = 0.0
     for level in forest.levels:
@@ -237,7 +246,7 @@ def test_kl_to_the_reference_is_averaged_over_edges_and_weighted() -> None:
         divergence = kl_divergence(Normal(means[0], std), Normal(means[1], std)).mean(1)
         total += level.branching * divergence.sum().item()
     expected = total / (PROMPTS * TREE.edges)
-    assert statistics.kl == pytest.approx(expected, rel=1e-10)
+    assert metrics.record()["kl"] == pytest.approx(expected, rel=1e-10)
     assert with_kl - without == pytest.approx(0.5 * expected, rel=1e-10)
     with pytest.raises(ValueError, match=r"kl_weight: got 0\.5 without a reference"):
         next(losses(behavior, forest, advantages, kl_weight=0.5))
@@ -281,19 +290,12 @@ def test_guard_by_hand() -> None:
             ratios.append(math.exp((difference + drift).item() * std))
             total += -ratios[-1] * float(advantage[prompt, child]) / -dt / 6
 
-    statistics = UpdateStatistics()
-    (loss,) = losses(
-        policy,
-        forest,
-        [advantage],
-        clip_low=10.0,
-        clip_high=10.0,
-        guard=True,
-        statistics=statistics,
-    )
-    assert loss.item() == pytest.approx(total, rel=1e-10)
-    assert statistics.ratio_mean == pytest.approx(sum(ratios) / 6, rel=1e-10)
-    assert statistics.ratio_error == pytest.approx(max(abs(r - 1) for r in ratios), rel=1e-10)
+    metrics = UpdateMetrics()
+    parts = losses(policy, forest, [advantage], clip_low=10.0, clip_high=10.0, guard=True)
+    assert backward(parts, metrics) == pytest.approx(total, rel=1e-10)
+    record = metrics.record()
+    assert record["ratio_mean"] == pytest.approx(sum(ratios) / 6, rel=1e-10)
+    assert record["ratio_error"] == pytest.approx(max(abs(r - 1) for r in ratios), rel=1e-10)
 
     bare, _ = forest_of(behavior, plan)
     with pytest.raises(ValueError, match="guard: the rollout was made without keep_means"):
@@ -306,8 +308,8 @@ def test_slices_of_prompts_add_up_to_the_whole() -> None:
     forest, advantages = forest_of(behavior)
     policy = moved(behavior)
 
-    def run(parts: list[slice], statistics: UpdateStatistics) -> Callable[[], None]:
-        def backward() -> None:
+    def run(parts: list[slice], metrics: UpdateMetrics) -> Callable[[], None]:
+        def all_parts() -> None:
             for part in parts:
                 share = len(range(*part.indices(PROMPTS))) / PROMPTS
                 for loss in losses(
@@ -318,34 +320,33 @@ def test_slices_of_prompts_add_up_to_the_whole() -> None:
                     clip_high=0.05,
                     prompts=part,
                     micro_batch=5,
-                    statistics=statistics,
                 ):
-                    (share * loss).backward()  # type: ignore[no-untyped-call]
+                    metrics.add(loss)
+                    (share * loss.value).backward()  # type: ignore[no-untyped-call]
 
-        return backward
+        return all_parts
 
-    whole, sliced = UpdateStatistics(), UpdateStatistics()
+    whole, sliced = UpdateMetrics(), UpdateMetrics()
     expected = gradient(policy, run([slice(None)], whole))
     actual = gradient(policy, run([slice(0, 1), slice(1, 10)], sliced))
     assert (actual - expected).abs().max() <= 1e-10 * expected.abs().max()
-    assert (sliced.edges, sliced.forwards) == (whole.edges, whole.forwards)
+    assert sliced.forwards == whole.forwards
+    # The mean over all edges, whatever parts they came in.
+    assert sliced.record()["ratio_mean"] == pytest.approx(whole.record()["ratio_mean"], rel=1e-12)
 
 
 def test_statistics_of_two_ranks_merge() -> None:
     behavior = Policy()
     forest, advantages = forest_of(behavior)
     policy = moved(behavior)
-    whole, first, second = (UpdateStatistics() for _ in range(3))
-    for part, statistics in (
-        (slice(None), whole),
-        (slice(0, 2), first),
-        (slice(2, 3), second),
-    ):
-        for _ in losses(policy, forest, advantages, prompts=part, statistics=statistics):
-            pass
+    whole, first, second = (UpdateMetrics() for _ in range(3))
+    for part, metrics in ((slice(None), whole), (slice(0, 2), first), (slice(2, 3), second)):
+        backward(losses(policy, forest, advantages, prompts=part), metrics)
     first.merge(second)
-    for name in ("edges", "forwards", "ratio_mean", "ratio_min", "ratio_max", "ratio_error"):
-        assert getattr(first, name) == pytest.approx(getattr(whole, name), rel=1e-10), name
+    assert first.forwards == whole.forwards
+    merged, expected = first.record(), whole.record()
+    del merged["loss"], expected["loss"]  # each averages over its own edges
+    assert merged == pytest.approx(expected, rel=1e-10)
 
 
 def test_a_flat_plan_is_plain_grpo() -> None:
@@ -357,8 +358,7 @@ def test_a_flat_plan_is_plain_grpo() -> None:
     low, high = 0.01, 0.02
 
     def forest_loss() -> None:
-        for loss in losses(policy, forest, advantages, clip_low=low, clip_high=high):
-            loss.backward()  # type: ignore[no-untyped-call]
+        backward(losses(policy, forest, advantages, clip_low=low, clip_high=high))
 
     plain_value = 0.0
 
@@ -394,7 +394,8 @@ def test_a_flat_plan_is_plain_grpo() -> None:
 
     actual, expected = gradient(policy, forest_loss), gradient(policy, plain)
     value = sum(
-        loss.item() for loss in losses(policy, forest, advantages, clip_low=low, clip_high=high)
+        loss.value.item()
+        for loss in losses(policy, forest, advantages, clip_low=low, clip_high=high)
     )
     # Advantages are float32, everything else float64.
     assert value == pytest.approx(plain_value, rel=1e-5, abs=1e-7)

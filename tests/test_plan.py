@@ -12,7 +12,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from treegrpo.objective import UpdateStatistics, losses
+from treegrpo.objective import losses
 from treegrpo.plan import (
     PlanError,
     RolloutPlan,
@@ -113,14 +113,13 @@ def test_counts_are_those_of_a_real_rollout_and_update(plan: RolloutPlan) -> Non
     noise = torch.randn(prompts, plan.roots, 2)
     forest = rollout(predict, noise, plan, schedule, transitions(schedule, plan.stochastic))
     phase = "update"
-    statistics = UpdateStatistics()
     advantages = [torch.zeros_like(level.log_prob) for level in forest.levels]
-    for _ in losses(predict, forest, advantages, micro_batch=4, statistics=statistics):
-        pass
+    parts = list(losses(predict, forest, advantages, micro_batch=4))
 
     assert rows["rollout"] == forest.forwards == prompts * plan.rollout_forwards
-    assert rows["update"] == statistics.forwards == prompts * plan.update_forwards
-    assert statistics.edges == prompts * plan.edges
+    assert rows["update"] == sum(part.forwards for part in parts) == prompts * plan.update_forwards
+    assert sum(part.means["kl"].numel() for part in parts) == prompts * plan.edges
+    assert [part.is_last for part in parts] == [False] * (len(parts) - 1) + [True]
     assert forest.leaves.shape == (prompts, plan.leaves, 2)
 
 

@@ -154,7 +154,8 @@ def test_forwards_are_the_plans(tiny_checkpoint: Path, guidance_scale: float) ->
         max_batch=7,
     )
     advantages = [torch.ones_like(level.log_prob) for level in forest.levels]
-    torch.autograd.backward(list(losses(predict, forest, advantages, micro_batch=3)))
+    parts = losses(predict, forest, advantages, micro_batch=3)
+    torch.autograd.backward([part.value for part in parts])
     copies = len(PROMPTS) * (2 if guidance_scale > 1 else 1)
     assert rows == {False: copies * plan.rollout_forwards, True: copies * plan.update_forwards}
     assert policy.forwards == sum(rows.values())

@@ -37,11 +37,12 @@ class UpdateMetrics:
 
     def add(self, loss: Loss) -> None:
         """Count one micro-batch."""
+        dtype = loss.value.dtype
         scalars = [
-            loss.value.detach().float(),
-            *(values.float().sum() for values in loss.means.values()),
-            *(values.float().min() for values in loss.least.values()),
-            *(values.float().max() for values in loss.most.values()),
+            loss.value.detach(),
+            *(values.to(dtype).sum() for values in loss.means.values()),
+            *(values.to(dtype).min() for values in loss.least.values()),
+            *(values.to(dtype).max() for values in loss.most.values()),
         ]
         # One transfer from the device for all numbers.
         numbers = iter(torch.stack(scalars).tolist())
