@@ -222,3 +222,12 @@ def test_branch_grpo_normalizes_each_depth_by_hand() -> None:
     torch.testing.assert_close(edges[1], torch.tensor([[1.0, -1.0]]))
     torch.testing.assert_close(edges[2], leaf_scores)
     torch.testing.assert_close(edges[3], leaf_scores)
+
+
+@pytest.mark.parametrize(("difference", "signal"), [(1e-3, True), (0.03, True), (1e-7, False)])
+def test_rewards_that_nearly_cancel_still_teach(difference: float, signal: bool) -> None:
+    """What is left of two opposed rewards is a signal as long as it is more than rounding."""
+    values = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    opposed = -values + difference * torch.tensor([[1.0, -1.0, 1.0, -1.0]])
+    advantages = leaf_advantages([values, opposed], [1.0, 1.0])
+    assert (advantages.abs().max() > 0.5) == signal

@@ -155,3 +155,13 @@ def test_leaves_beyond_the_limit_are_refused() -> None:
     small = method.rollout.model_copy(update={"max_leaves": 26})
     with pytest.raises(PlanError, match="3 x 3 x 3 = 27 leaves"):
         type(method)(small, method.advantage, method.objective).checked_plans(1)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(0.0, ""), (9e-5, ""), (2e-4, "2.0e-04, more than objective.clip_low (0.0001)")],
+)
+def test_rounding_that_alone_would_clip_is_warned_about(error: float, told: str) -> None:
+    warnings = method_of(load_config(None, [])).check_first_update({"ratio_error": error})
+    assert len(warnings) == bool(told)
+    assert all(told in warning for warning in warnings)

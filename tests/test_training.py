@@ -159,9 +159,9 @@ def test_a_run_leaves_everything_about_it(run: Path) -> None:
     assert [record["iteration"] for record in records] == [0, 1, 2]
     for record in records:
         assert record.keys() >= METRICS
-        shape = method_of(config).plan(int(record["iteration"]))
-        assert record["rollout_forwards"] == 2 * shape.rollout_forwards
-        assert record["update_forwards"] == 2 * shape.update_forwards
+        plan = method_of(config).plan(int(record["iteration"]))
+        assert record["rollout_forwards"] == 2 * plan.rollout_forwards
+        assert record["update_forwards"] == 2 * plan.update_forwards
         assert record["ratio_error"] < 1e-5
         assert record["gradient_norm"] > 0
         stages = sum(record[f"seconds_{stage}"] for stage in ("rollout", "reward", "update"))
@@ -291,9 +291,9 @@ def test_first_update_reproduces_what_the_rollout_sampled(
     # bfloat16 is exact here too, because both passes see batches of the same shape.
     assert metrics["ratio_error"] < 1e-5
     assert metrics["gradient_norm"] > 0
-    shape = method_of(config).plan(int(metrics["iteration"]))
-    assert metrics["rollout_forwards"] == 2 * shape.rollout_forwards
-    assert metrics["update_forwards"] == 2 * shape.update_forwards
+    plan = method_of(config).plan(int(metrics["iteration"]))
+    assert metrics["rollout_forwards"] == 2 * plan.rollout_forwards
+    assert metrics["update_forwards"] == 2 * plan.update_forwards
     assert all(parameter.isfinite().all() for parameter in run.learner.parameters)
 
 
@@ -301,8 +301,8 @@ def test_work_is_counted_over_all_updates(configure: Callable[..., Config]) -> N
     changes = ("train.inner_epochs=3", "train.updates_per_iteration=2", "train.ema_decay=0.5")
     config = configure(*changes)
     run, (metrics,) = iterated(config, 1)
-    shape = method_of(config).plan(int(metrics["iteration"]))
-    assert metrics["update_forwards"] == 3 * 2 * shape.update_forwards
+    plan = method_of(config).plan(int(metrics["iteration"]))
+    assert metrics["update_forwards"] == 3 * 2 * plan.update_forwards
     # The first update is on the sampling policy; the later ones are not.
     assert metrics["ratio_error"] < 1e-5
     assert metrics["ratio_min"] < 1 - 1e-5 or metrics["ratio_max"] > 1 + 1e-5
