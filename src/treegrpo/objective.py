@@ -36,6 +36,10 @@ class Loss:
     least: Mapping[str, Tensor] = field(default_factory=dict)
     most: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def backward(self) -> None:
+        """Add the gradient of `value` to the parameters'."""
+        self.value.backward()  # type: ignore[no-untyped-call]
+
 
 def clipped_surrogate(
     ratio: Tensor, advantage: Tensor, clip_low: float, clip_high: float
