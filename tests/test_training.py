@@ -19,10 +19,10 @@ from diffusers import SD3Transformer2DModel
 
 from treegrpo import checkpoint, cli
 from treegrpo.checkpoint import RunError
-from treegrpo.config import Config, load_config
+from treegrpo.config import Config, ModelConfig, load_config
 from treegrpo.errors import UserError
 from treegrpo.models.folder import ModelError
-from treegrpo.models.policy import load_policy
+from treegrpo.models.opening import load_policy
 from treegrpo.prompts import PromptError
 from treegrpo.rewards import RewardError
 from treegrpo.trainer import Trainer, build_plan, train
@@ -559,7 +559,8 @@ def test_exported_lora_weights_know_their_base_model(
     trainer, _ = iterate(configure(*changes), 1)
     trainer.export(tmp_path / "lora")
     monkeypatch.chdir(tmp_path)
-    assert load_policy("lora", device=torch.device("cpu")).sampling.steps == STEPS
+    model = ModelConfig(path="lora", embedding_cache=None)
+    assert load_policy(model, device=torch.device("cpu")).sampling.steps == STEPS
     # Training them as if they were a whole model would export neither.
     with pytest.raises(ModelError, match=r"model\.path: lora holds LoRA weights"):
         Trainer(configure("model.path=lora"))

@@ -20,7 +20,7 @@ from treegrpo.models.folder import (
     INDEX_FILE,
     LORA_FILE,
     SAMPLING_FILE,
-    check_folder,
+    check_checkpoint,
     check_trainable,
     read_json,
 )
@@ -397,7 +397,7 @@ def _check_train(config: Config, *, resume: bool, overwrite: bool) -> None:
 def _check_model(model: str, field: str, *, weights: bool = True) -> None:
     path = Path(model).expanduser()
     if path.is_dir():
-        check_folder(path, field, weights=weights)
+        check_checkpoint(path, field, weights=weights)
         return
     if model == "miniature":
         return

@@ -8,17 +8,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from treegrpo.config import ModelConfig
 from treegrpo.device import default_device
 from treegrpo.errors import UserError
 from treegrpo.images import as_pictures, middle_frames
-from treegrpo.models.embeddings import cache_folder
 from treegrpo.models.folder import ModelError
-from treegrpo.models.policy import Policy, load_weights, open_policy
+from treegrpo.models.opening import load_weights, open_policy
+from treegrpo.models.policy import Policy
 from treegrpo.plan import RolloutPlan
 from treegrpo.prompts import Prompt
 from treegrpo.rewards import Reward, RewardError, closing, load_reward, score
@@ -47,7 +48,6 @@ class Evaluation:
         kept: indices of the prompts whose images were kept, in the list of all prompts.
         images: float32 [kept, images per prompt, 3, height, width]; a video's middle frame.
         seconds: wall time.
-        forwards: model forwards (rows).
     """
 
     prompts: tuple[str, ...]
@@ -55,7 +55,6 @@ class Evaluation:
     kept: tuple[int, ...]
     images: Tensor
     seconds: float
-    forwards: int
 
     def mean(self, name: str) -> float:
         return self.scores[name].mean().item()
@@ -74,7 +73,6 @@ class Evaluation:
             tuple(index for part in parts for index in part.kept),
             torch.cat([part.images for part in parts]),
             max(part.seconds for part in parts),
-            sum(part.forwards for part in parts),
         )
 
 
@@ -199,7 +197,7 @@ def evaluate(
     Raises:
         RewardError: a reward failed.
     """
-    start, forwards = time.perf_counter(), policy.forwards
+    start = time.perf_counter()
     share = range(len(prompts)) if share is None else share
     # Of no prompts at first: a process's share may be empty.
     scores = {name: [torch.empty(0, images_per_prompt)] for name in rewards}
@@ -227,7 +225,6 @@ def evaluate(
         tuple(index for index in sorted(keep) if index in share),
         torch.cat(kept),
         time.perf_counter() - start,
-        policy.forwards - forwards,
     )
 
 
@@ -244,22 +241,16 @@ def sample_grid(
     seed: int,
     steps: int | None,
     guidance_scale: float | None,
-    dtype: str,
+    dtype: Literal["float32", "bfloat16"],
     out: Path,
 ) -> None:
     """`treegrpo sample`: a picture of `count` samples per prompt."""
     from treegrpo.report.pictures import image_grid
 
-    policy = open_policy(
-        model,
-        device=default_device(),
-        dtype=getattr(torch, dtype),
-        cache=cache_folder(),
-        steps=steps,
-        guidance_scale=guidance_scale,
-    )
+    section = ModelConfig(path=model, dtype=dtype, guidance_scale=guidance_scale)
+    policy = open_policy(section, device=default_device(), steps=steps)
     policy.prepare(prompts)
-    load_weights(policy)
+    load_weights(policy, section, train=False)
     images = sample(
         policy,
         prompts,
@@ -285,7 +276,7 @@ def evaluate_command(
     steps: int | None,
     guidance_scale: float | None,
     max_batch: int,
-    dtype: str,
+    dtype: Literal["float32", "bfloat16"],
     json_file: Path | None,
     page: Path | None,
 ) -> Comparison:
@@ -309,7 +300,8 @@ def evaluate_command(
     from treegrpo.console import plain_console
     from treegrpo.report import comparison as report
 
-    policies = _open(model, base, steps, guidance_scale, getattr(torch, dtype))
+    section = ModelConfig(path=model, dtype=dtype, guidance_scale=guidance_scale)
+    policies = _open(section, base, steps)
     loaded = {name: load_reward(name, options) for name, options in rewards.items()}
     check_prompts(loaded, prompts)
     comparison = report.Comparison.empty(
@@ -347,7 +339,7 @@ def evaluate_command(
             task = progress.add_task(role, total=len(prompts) * seeds * images_per_prompt)
             # Popped, so that nothing keeps the first model in memory.
             for indices, noises, images in _score_in_parts(
-                comparison, role, policies.pop(0), prompts, loaded, keep_folder
+                comparison, role, section, policies.pop(0), prompts, loaded, keep_folder
             ):
                 write_now_and_then()
                 if comparison.failures.keys() == rewards.keys():
@@ -418,38 +410,31 @@ def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> N
                 ) from error
 
 
-def _open(
-    model: str,
-    base: str | None,
-    steps: int | None,
-    guidance_scale: float | None,
-    dtype: torch.dtype,
-) -> list[Policy]:
+def _open(model: ModelConfig, base: str | None, steps: int | None) -> list[Policy]:
     """The base, if any, and the model, without weights, both sampled as the model is."""
-    settings: dict[str, Any] = {
-        "device": default_device(),
-        "dtype": dtype,
-        "cache": cache_folder(),
-    }
-    trained = open_policy(model, steps=steps, guidance_scale=guidance_scale, **settings)
+    device = default_device()
+    trained = open_policy(model, device=device, steps=steps)
     if base is None:
         return [trained]
-    overrides = asdict(trained.sampling)
-    overrides.pop("base_model")
+    sampling = asdict(trained.sampling)
+    steps = sampling.pop("steps")
+    sampling.pop("base_model")
+    alone = ModelConfig(path=base, dtype=model.dtype)
     try:
         # What is not of the same family has other settings, which would be refused first.
-        family = open_policy(base, **settings).pipeline_name
+        family = open_policy(alone, device=device).pipeline_name
         if family != trained.pipeline_name:
             raise ModelError(
-                f"{base} is a {family}, {model} a {trained.pipeline_name}; they cannot be compared"
+                f"{base} is a {family}, {model.path} a {trained.pipeline_name}; they cannot be "
+                "compared"
             )
-        policy = open_policy(base, **settings, **overrides)
+        policy = open_policy(alone.model_copy(update=sampling), device=device, steps=steps)
     except ModelError as error:
         raise ModelError(f"--base: {str(error).removeprefix('model.path: ')}") from error
     if policy.latent_shape != trained.latent_shape:
         raise ModelError(
-            f"--base: {base} starts from noise of shape {list(policy.latent_shape)}, {model} from "
-            f"{list(trained.latent_shape)}; they cannot be compared"
+            f"--base: {base} starts from noise of shape {list(policy.latent_shape)}, {model.path} "
+            f"from {list(trained.latent_shape)}; they cannot be compared"
         )
     return [policy, trained]
 
@@ -457,6 +442,7 @@ def _open(
 def _score_in_parts(
     comparison: Comparison,
     role: str,
+    model: ModelConfig,
     policy: Policy,
     prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward],
@@ -470,7 +456,7 @@ def _score_in_parts(
     settings = comparison.settings
     count: int = settings["images_per_prompt"]
     policy.prepare(comparison.prompts)
-    load_weights(policy)
+    load_weights(policy, model, train=False)
     for seed in range(settings["seeds"]):
         noises = range(seed * count, (seed + 1) * count)
         for indices, images in sample_in_parts(

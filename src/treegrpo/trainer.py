@@ -39,14 +39,10 @@ from treegrpo.device import usable_device
 from treegrpo.errors import UserError
 from treegrpo.evaluate import Evaluation, check_prompts, evaluate
 from treegrpo.images import as_pictures, evenly_spaced
-from treegrpo.models.embeddings import cache_folder
+from treegrpo.models.export import export, export_bytes
 from treegrpo.models.folder import check_trainable
-from treegrpo.models.policy import (
-    Policy,
-    check_attention_backend,
-    load_weights,
-    open_policy,
-)
+from treegrpo.models.opening import load_weights, open_policy
+from treegrpo.models.policy import Policy
 from treegrpo.objective import UpdateStatistics, losses, micro_batches, node_means
 from treegrpo.plan import RolloutPlan, WindowSchedule
 from treegrpo.prompts import Prompt, PromptSampler, load_train_and_held_out, overlap
@@ -258,25 +254,10 @@ class Trainer:
                 "updates per iteration"
             )
         check_trainable(config.model.path)
-        if config.model.attention_backend is not None:
-            check_attention_backend(config.model.attention_backend)
-        cache = config.model.embedding_cache
         torch.manual_seed(config.train.seed)
         self.policy: Policy = open_policy(
-            config.model.path,
-            device=self.accelerator.device,
-            dtype=getattr(torch, config.model.dtype),
-            cache=None if cache is None else cache_folder() if cache == "auto" else Path(cache),
-            steps=config.rollout.steps,
-            guidance_scale=config.model.guidance_scale,
-            negative_prompt=config.model.negative_prompt,
-            height=config.model.height,
-            width=config.model.width,
-            frames=config.model.frames,
-            max_sequence_length=config.model.max_sequence_length,
+            config.model, device=self.accelerator.device, steps=config.rollout.steps
         )
-        if config.model.lora_targets:
-            self.policy.check_lora_targets(config.model.lora_targets)
         # Building the transitions refuses a step without a density before any sampling.
         for shape in plans:
             self._transitions(shape)
@@ -287,20 +268,7 @@ class Trainer:
         self._state = self._find_place() if resume else None
         # Before the network is read: the text encoders may be as large.
         self._prepare_prompts()
-        load_weights(self.policy, master_weights=not config.model.lora_rank)
-        if config.model.lora_rank:
-            self.policy.add_lora(
-                config.model.lora_rank,
-                config.model.lora_alpha or 2 * config.model.lora_rank,
-                config.model.lora_targets,
-            )
-        self.policy.configure(
-            gradient_checkpointing=config.model.gradient_checkpointing,
-            compile=config.model.compile,
-            attention_backend=config.model.attention_backend,
-            vae_tiling=config.model.vae_tiling,
-        )
-        self.policy.network.eval()  # no dropout: the ratio compares the same function
+        load_weights(self.policy, config.model, train=True)
         self.parameters = [p for p in self.policy.network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             self.parameters,
@@ -726,7 +694,7 @@ class Trainer:
         """About what the checkpoint and the exported model take on disk."""
         trained = sum(p.numel() * p.element_size() for p in self.parameters)
         copies = 3 + (self.average is not None)  # weights, two moments, average
-        return copies * trained + self.policy.export_bytes()
+        return copies * trained + export_bytes(self.policy)
 
     def save(self) -> None:
         """Write the state from which `load` continues exactly."""
@@ -782,7 +750,7 @@ class Trainer:
         # LoRA weights name their base model, which must be found from any folder.
         base_model = str(base.resolve()) if base.is_dir() else self.config.model.path
         with self._averaged():
-            self.policy.save(folder, base_model)
+            export(self.policy, folder, base_model)
 
 
 def _result(scores: Tensor | Future[Tensor]) -> Tensor:
