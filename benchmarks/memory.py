@@ -25,7 +25,8 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from treegrpo.config import Config, load_config
 from treegrpo.memory import Estimate, estimate
-from treegrpo.models.policy import Policy, quiet_libraries
+from treegrpo.models.policy import Policy
+from treegrpo.models.switches import quiet_libraries
 from treegrpo.training.build import Run, build
 from treegrpo.training.loop import iterate
 

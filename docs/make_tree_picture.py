@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from treegrpo.advantage import backup, leaf_advantages
-from treegrpo.models.policy import load_policy
+from treegrpo.config import ModelConfig
+from treegrpo.models.opening import load_policy
 from treegrpo.plan import tree_grpo
 from treegrpo.report.tree import draw_forest
 from treegrpo.rewards.composition import composition
@@ -34,7 +35,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     plan = tree_grpo(STEPS, branching=3, window_size=3, window_start=1)
-    policy = load_policy(arguments.model, device=torch.device("cpu"))
+    policy = load_policy(ModelConfig(path=arguments.model), device=torch.device("cpu"))
     schedule = policy.schedule(STEPS)
     generator = torch.Generator().manual_seed(arguments.seed)
     guesses: dict[int, Tensor] = {}

@@ -22,7 +22,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from diffusers import SD3Transformer2DModel
 
     from treegrpo.miniature import pretrain
-    from treegrpo.models.policy import quiet_libraries
+    from treegrpo.models.switches import quiet_libraries
 
     quiet_libraries()
     torch.manual_seed(0)

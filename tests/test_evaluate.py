@@ -23,15 +23,24 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from treegrpo import cli
+from treegrpo.config import ModelConfig
 from treegrpo.errors import UserError
 from treegrpo.evaluation import pair
 from treegrpo.evaluation.results import compare
 from treegrpo.evaluation.sampling import sample
-from treegrpo.models.policy import load_policy
+from treegrpo.models.adapters import add_lora
+from treegrpo.models.export import export
+from treegrpo.models.opening import load_policy
+from treegrpo.models.policy import Policy
 from treegrpo.report import comparison
 
 Run = Callable[..., tuple[int, str, str]]
 REWARD = f"{__name__}:weighted_brightness"
+
+
+def load(folder: Path) -> Policy:
+    model = ModelConfig(path=str(folder), embedding_cache=None)
+    return load_policy(model, device=torch.device("cpu"))
 
 
 def weighted_brightness(
@@ -148,7 +157,7 @@ def test_scores_are_those_of_the_images(treegrpo: Run, tiny_checkpoint: Path) ->
     treegrpo(tiny_checkpoint, *SHORT, "--reward", REWARD, "--seeds", 2, "--json", "scores.json")
     summary = json.loads(Path("scores.json").read_text())
     assert summary["base"] is None
-    policy = load_policy(str(tiny_checkpoint), device=torch.device("cpu"))
+    policy = load(tiny_checkpoint)
     prompts = [one["prompt"] for one in summary["per_prompt"]]
     for seed in range(2):
         images = sample(
@@ -207,13 +216,13 @@ def test_a_known_shift_gives_known_figures(treegrpo: Run, gray: Callable[..., Pa
 
 def lora_export(base: Path, folder: Path) -> Path:
     """Adapters that change something: fresh ones are the identity."""
-    policy = load_policy(str(base), device=torch.device("cpu"))
-    policy.add_lora(2, 2.0, None)
+    policy = load(base)
+    add_lora(policy, ModelConfig(lora_rank=2, lora_alpha=2.0))
     torch.manual_seed(0)
     for parameter in policy.network.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
-    policy.save(folder, str(base))
+    export(policy, folder, str(base))
     return folder
 
 
@@ -332,7 +341,7 @@ def test_a_videos_middle_frame_is_shown(treegrpo: Run) -> None:
     arguments = ("--prompts", "prompts.txt", "--images-per-prompt", 1, "--steps", 2)
     code, _, _ = treegrpo("wan", *arguments, "--reward", REWARD, "--page", "p.html")
     assert code == 0
-    policy = load_policy("wan", device=torch.device("cpu"))
+    policy = load(Path("wan"))
     generator = torch.Generator().manual_seed(0)
     (video,) = sample(
         policy, ["a cat"], images_per_prompt=1, steps=2, generator=generator, max_batch=1
@@ -382,10 +391,10 @@ def test_a_failing_reward_costs_neither_the_others_nor_its_own_scores(
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(*arguments: object) -> None:
+    def load_weights(*arguments: object, **settings: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(pair, "load_weights", load)
+    monkeypatch.setattr(pair, "load_weights", load_weights)
 
 
 @pytest.mark.parametrize(

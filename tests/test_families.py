@@ -14,9 +14,12 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import Case
 
 from treegrpo import cli
+from treegrpo.config import ModelConfig
 from treegrpo.evaluation.sampling import sample
 from treegrpo.models.folder import SAMPLING_FILE, ModelError
-from treegrpo.models.policy import Policy, load_policy, open_policy
+from treegrpo.models.opening import load_policy, open_policy
+from treegrpo.models.policy import Policy
+from treegrpo.transition import flow_schedule, stochastic
 
 CASES = tiny_checkpoints.cases()
 PROMPTS = ["a red circle", "two blue squares and 3 stars"]
@@ -49,8 +52,12 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return Checkpoints(tmp_path_factory)
 
 
-def load(folder: Path, **sampling: Any) -> Policy:
-    return load_policy(str(folder), device=torch.device("cpu"), **{"steps": STEPS, **sampling})
+def section(folder: Path, **settings: Any) -> ModelConfig:
+    return ModelConfig(path=str(folder), embedding_cache=None, **settings)
+
+
+def load(folder: Path, *, steps: int = STEPS, **settings: Any) -> Policy:
+    return load_policy(section(folder, **settings), device=torch.device("cpu"), steps=steps)
 
 
 def noise_of(policy: Policy) -> torch.Tensor:
@@ -216,18 +223,32 @@ def test_guidance_of_a_model_that_takes_none_is_refused(
 def test_bfloat16_computes_nearly_the_same(case: Case, checkpoints: Checkpoints) -> None:
     folder = checkpoints[case.name]
     exact = images_of(load(folder))
-    rough = load_policy(str(folder), device=torch.device("cpu"), dtype=torch.bfloat16, steps=STEPS)
+    rough = load(folder, dtype="bfloat16")
     assert torch.bfloat16 in {parameter.dtype for parameter in rough.network.parameters()}
     assert 0 < (images_of(rough) - exact).abs().mean() < 0.02
 
 
 @families
 def test_a_size_that_does_not_fit_is_refused(case: Case, checkpoints: Checkpoints) -> None:
-    policy = open_policy(str(checkpoints[case.name]), device=torch.device("cpu"))
+    policy = open_policy(section(checkpoints[case.name]), device=torch.device("cpu"))
     multiple = policy.size_multiple(policy.configs)
     size = policy.sampling.size[0] + 1
     with pytest.raises(ModelError, match=rf"model\.height: got {size}; .* multiple of {multiple}"):
         load(checkpoints[case.name], height=size)
+
+
+@pytest.mark.parametrize("name", ["Sana", "Wan 2.1"])
+def test_a_first_step_from_almost_pure_noise_is_one_from_pure_noise(
+    name: str, checkpoints: Checkpoints
+) -> None:
+    """Their schedulers begin just short of 1, where Flow-GRPO's deviation would grow tenfold."""
+    policy = open_policy(section(checkpoints[name]), device=torch.device("cpu"))
+    levels = policy.schedule(STEPS)
+    assert 0.99 < levels.sigma[0] < 1
+    pure = flow_schedule([1.0, *levels.sigma[1:]])
+    first, expected = (stochastic(schedule, 0, "flow_sde", 0.7).std for schedule in (levels, pure))
+    assert first == pytest.approx(expected, rel=0.01)
+    assert first == pytest.approx(0.7, rel=0.02)
 
 
 def test_weights_under_other_published_names_are_read(

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from treegrpo.config import ModelConfig
 from treegrpo.evaluation.measure import evaluate
 from treegrpo.miniature import scenes
 from treegrpo.models.folder import resolve
-from treegrpo.models.policy import load_policy
+from treegrpo.models.opening import load_policy
 from treegrpo.prompts import load_prompts
 from treegrpo.rewards import load_reward
 
@@ -65,7 +67,14 @@ def test_the_checkpoint_is_small_and_an_honest_base_model() -> None:
     """Between 35% and 65% right before training: room to learn, and something to learn from."""
     files = [path for path in Path(resolve("miniature")).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 12e6
-    policy = load_policy("miniature", device=torch.device("cpu"))
+    policy = load_policy(ModelConfig(embedding_cache=None), device=torch.device("cpu"))
+    forwards = 0
+
+    def count(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        nonlocal forwards
+        forwards += len(keywords["hidden_states"])
+
+    policy.network.register_forward_pre_hook(count, with_kwargs=True)
     accuracy = {"accuracy": load_reward("composition_accuracy")}
     prompts = load_prompts("miniature", "held_out")
     rows: list[int] = []

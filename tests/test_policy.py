@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,17 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
-from treegrpo.config import load_config
+from treegrpo.config import ModelConfig, load_config
 from treegrpo.evaluation.sampling import sample
+from treegrpo.models import text
+from treegrpo.models.adapters import add_lora
+from treegrpo.models.components import Components
+from treegrpo.models.export import export, export_bytes
 from treegrpo.models.folder import ModelError
-from treegrpo.models.policy import Policy, load_policy
+from treegrpo.models.opening import load_policy
+from treegrpo.models.policy import Policy
+from treegrpo.models.sd3 import StableDiffusion3
+from treegrpo.models.text import PromptEncoder
 from treegrpo.objective import losses
 from treegrpo.plan import tree_grpo
 from treegrpo.rollout import rollout
@@ -29,8 +37,9 @@ STEPS = 5
 ROUND_OFF = 1e-5
 
 
-def load(path: Path, **settings: Any) -> Policy:
-    return load_policy(str(path), device=torch.device("cpu"), **{"steps": STEPS, **settings})
+def load(path: Path, *, steps: int | None = STEPS, **settings: Any) -> Policy:
+    model = ModelConfig(path=str(path), **{"embedding_cache": None, **settings})
+    return load_policy(model, device=torch.device("cpu"), steps=steps)
 
 
 def diffusers_pipeline(path: Path) -> Any:
@@ -89,23 +98,43 @@ def test_text_encoders_are_loaded_once_for_all_runs(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [f"a circle {number}" for number in range(40)]
-    policy = load(tiny_checkpoint, cache=tmp_path)
+    cache = str(tmp_path)
+    policy = load(tiny_checkpoint, embedding_cache=cache)
     policy.prepare(prompts)
-    assert policy._encoders is None
+    assert policy.text.pipeline is None
     expected, _, pooled, _ = diffusers_pipeline(tiny_checkpoint).encode_prompt(
         prompts, None, None, max_sequence_length=1, do_classifier_free_guidance=False
     )
-    again = load(tiny_checkpoint, cache=tmp_path)
+    again = load(tiny_checkpoint, embedding_cache=cache)
     with monkeypatch.context() as patch:
-        patch.setattr(Policy, "_load_encoders", None)  # calling it would fail
+        patch.setattr(PromptEncoder, "_encode_new", _nothing_new)
         for one in (policy, again):
             conditioning = one.encode([*prompts[5:], *prompts[:5]])
             torch.testing.assert_close(conditioning["embeddings"].roll(5, 0), expected)
             torch.testing.assert_close(conditioning["pooled"].roll(5, 0), pooled)
     # Another prompt brings the encoders back; another prompt length is another embedding.
     assert again.encode(["new"])["pooled"].shape == (1, 64)
-    longer = load(tiny_checkpoint, cache=tmp_path, max_sequence_length=3)
+    longer = load(tiny_checkpoint, embedding_cache=cache, max_sequence_length=3)
     assert longer.encode(prompts[:1])["embeddings"].shape[1] == expected.shape[1] + 2
+
+
+def _nothing_new(encoder: PromptEncoder, prompts: list[str]) -> None:
+    assert not prompts
+
+
+@pytest.mark.parametrize("library", ["diffusers", "transformers", "ftfy"])
+def test_embeddings_of_other_versions_are_never_taken(
+    library: str, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def key() -> str:
+        return text.model_key(tiny_checkpoint, ["text_encoder", "tokenizer"], "float32")
+
+    now = key()
+    assert key() == now
+    monkeypatch.setattr(
+        "treegrpo.versions.version", lambda name: "0.0.1" if name == library else version(name)
+    )
+    assert key() != now
 
 
 def test_embeddings_of_other_encoders_are_never_taken(
@@ -116,14 +145,15 @@ def test_embeddings_of_other_encoders_are_never_taken(
     weights = other / "text_encoder" / "model.safetensors"
     tensors = load_file(weights)
     save_file({name: tensor * 1.1 for name, tensor in tensors.items()}, weights)
-    first, second = (load(path, cache=tmp_path / "cache") for path in (tiny_checkpoint, other))
+    cache = str(tmp_path / "cache")
+    first, second = (load(path, embedding_cache=cache) for path in (tiny_checkpoint, other))
     assert not first.encode(PROMPTS)["pooled"].equal(second.encode(PROMPTS)["pooled"])
 
 
 def test_embeddings_that_would_fill_the_disk_are_refused(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    policy = load(tiny_checkpoint, cache=tmp_path)
+    policy = load(tiny_checkpoint, embedding_cache=str(tmp_path))
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     message = r"model\.embedding_cache: .* has 0\.0 GiB free, but .* of 5,000 prompts need"
@@ -158,7 +188,6 @@ def test_forwards_are_the_plans(tiny_checkpoint: Path, guidance_scale: float) ->
     torch.autograd.backward([part.value for part in parts])
     copies = len(PROMPTS) * (2 if guidance_scale > 1 else 1)
     assert rows == {False: copies * plan.rollout_forwards, True: copies * plan.update_forwards}
-    assert policy.forwards == sum(rows.values())
 
 
 def test_a_trained_model_is_a_diffusers_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
@@ -167,7 +196,7 @@ def test_a_trained_model_is_a_diffusers_checkpoint(tiny_checkpoint: Path, tmp_pa
     perturb(list(policy.network.parameters()))
     trained = policy_images(policy)
     assert (trained - untrained).abs().max() > 0.01
-    policy.save(tmp_path, base_model=str(tiny_checkpoint))
+    export(policy, tmp_path, base_model=str(tiny_checkpoint))
 
     exported = pipeline_images(diffusers_pipeline(tmp_path), noise_of(policy), guidance_scale=2.0)
     assert (exported - trained).abs().max() < ROUND_OFF
@@ -185,14 +214,14 @@ def test_trained_lora_weights_load_with_diffusers(
     policy = load(tiny_checkpoint)
     untrained = policy_images(policy)
     base = {name: p.clone() for name, p in policy.network.named_parameters()}
-    policy.add_lora(rank, alpha, None)
+    add_lora(policy, ModelConfig(lora_rank=rank, lora_alpha=alpha))
     assert torch.equal(policy_images(policy), untrained)
     adapters = [p for p in policy.network.parameters() if p.requires_grad]
     assert sum(p.numel() for p in adapters) == 2 * 8 * rank * (32 + 32) - rank * (32 + 32)
     perturb(adapters)
     trained = policy_images(policy)
     assert (trained - untrained).abs().max() > 0.01
-    policy.save(tmp_path, base_model=str(tiny_checkpoint))
+    export(policy, tmp_path, base_model=str(tiny_checkpoint))
     assert {path.name for path in tmp_path.iterdir()} == {
         "pytorch_lora_weights.safetensors",
         "sampling.json",
@@ -206,6 +235,18 @@ def test_trained_lora_weights_load_with_diffusers(
     pipeline.unload_lora_weights()
     for name, parameter in pipeline.transformer.named_parameters():
         assert torch.equal(parameter, base[name])
+
+
+@pytest.mark.parametrize("rank", [0, 64], ids=["full", "lora"])
+def test_the_disk_is_checked_for_what_an_export_writes(
+    rank: int, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    policy = load(tiny_checkpoint)
+    if rank:
+        add_lora(policy, ModelConfig(lora_rank=rank))
+    export(policy, tmp_path, base_model=str(tiny_checkpoint))
+    written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert export_bytes(policy) == pytest.approx(written, rel=0.05)  # but for headers
 
 
 def _break_index(folder: Path) -> None:
@@ -282,6 +323,31 @@ def _damage_sampling(folder: Path) -> None:
     (folder / "sampling.json").write_text('{"step": 10}')
 
 
+def _wrong_sampling(folder: Path) -> None:
+    (folder / "sampling.json").write_text('{"height": "large"}')
+
+
+def _lose_key(part: str, key: str, null: bool = False) -> Callable[[Path], None]:
+    def lose(folder: Path) -> None:
+        file = folder / part / "config.json"
+        values = json.loads(file.read_text())
+        del values[key]
+        file.write_text(json.dumps(values | ({key: None} if null else {})))
+
+    return lose
+
+
+def _lose_decoder(folder: Path) -> None:
+    index = json.loads((folder / "model_index.json").read_text())
+    del index["vae"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def _wrong_config(folder: Path) -> None:
+    file = folder / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_train_timesteps": "many"}))
+
+
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
@@ -293,6 +359,11 @@ def _damage_sampling(folder: Path) -> None:
         (_lose_shard, ["model-00002-of-00002.safetensors is missing", "index.json names"]),
         (_truncate_weights, ["model.safetensors is damaged: it has"]),
         (_damage_sampling, ["sampling.json", "step"]),
+        (_wrong_sampling, ["sampling.json: height: got 'large'; Input should be a valid integer"]),
+        (_lose_key("transformer", "sample_size"), ["transformer/config.json lacks 'sample_size'"]),
+        (_lose_key("vae", "block_out_channels", True), ["vae/config.json lacks 'block_out_cha"]),
+        (_lose_decoder, ["model_index.json lacks 'vae'"]),
+        (_wrong_config, ["cannot load", "/scheduler: TypeError: "]),
         (_lose_vocabulary, ["tokenizer_2 holds no vocabulary (tokenizer.json,", "incomplete"]),
         (_truncate_pickle, ["pytorch_model.bin is no file of weights, or is damaged"]),
         (_keep_a_variant, ["a variant of the weights only (diffusion_pytorch_model.fp16"]),
@@ -328,8 +399,27 @@ def test_a_checkpoint_that_cannot_be_used_is_named(
 def test_what_a_model_does_not_allow_is_refused_before_its_weights(
     tiny_checkpoint: Path, change: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Policy, "load", None)  # calling it would fail
+    monkeypatch.setattr(Components, "read", None)  # calling it would fail
     settings = [f"model.path={tiny_checkpoint}", "model.device=cpu", "model.lora_rank=2", change]
     with pytest.raises(ModelError) as caught:
         build(load_config(None, settings))
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("error", [KeyError, AttributeError, TypeError, ValueError, RuntimeError])
+@pytest.mark.parametrize(
+    "method", ["default_size", "check_sampling", "make_scheduler", "encode_prompts"]
+)
+def test_a_mistake_in_a_familys_code_is_not_told_as_the_checkpoints(
+    method: str,
+    error: type[Exception],
+    tiny_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def mistaken(*arguments: Any) -> None:
+        raise error("sample_size")
+
+    monkeypatch.setattr(StableDiffusion3, method, mistaken)
+    with pytest.raises(error, match="sample_size") as caught:
+        load(tiny_checkpoint).encode(PROMPTS)
+    assert not isinstance(caught.value, ModelError)

@@ -14,8 +14,10 @@ from tiny_checkpoints import stable_diffusion, stable_diffusion_xl
 from tiny_checkpoints.stable_diffusion import BETAS, SCHEDULER
 from torch import Tensor
 
+from treegrpo.config import ModelConfig
 from treegrpo.models.folder import ModelError
-from treegrpo.models.policy import Policy, open_policy
+from treegrpo.models.opening import open_policy
+from treegrpo.models.policy import Policy
 from treegrpo.plan import PlanError, RolloutPlan
 from treegrpo.rollout import rollout
 from treegrpo.transition import clean_and_noise, transitions
@@ -42,7 +44,8 @@ def changed(source: Path, folder: Path, scheduler: str, **settings: Any) -> Path
 
 
 def opened(folder: Path, steps: int = 10) -> Policy:
-    return open_policy(str(folder), device=torch.device("cpu"), steps=steps)
+    model = ModelConfig(path=str(folder), embedding_cache=None)
+    return open_policy(model, device=torch.device("cpu"), steps=steps)
 
 
 def model(x: Tensor, timestep: float) -> Tensor:
@@ -177,6 +180,7 @@ def test_clipping_is_refused_where_the_pipeline_does_it(tmp_path: Path) -> None:
 
 def test_settings_that_stable_diffusion_lacks_are_refused(source: Path) -> None:
     with pytest.raises(ModelError, match=r"model\.max_sequence_length: got 64; .* must be null"):
-        open_policy(str(source), device=torch.device("cpu"), max_sequence_length=64)
+        model = ModelConfig(path=str(source), max_sequence_length=64)
+        open_policy(model, device=torch.device("cpu"))
     with pytest.raises(ModelError, match="steps: got 1000; must be less than the 1000 levels"):
         opened(source).schedule(1000)

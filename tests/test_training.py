@@ -18,11 +18,12 @@ import toy_rewards
 from diffusers import SD3Transformer2DModel
 
 from treegrpo import checkpoint, cli
-from treegrpo.config import Config, load_config
+from treegrpo.checkpoint import RunError
+from treegrpo.config import Config, ModelConfig, load_config
 from treegrpo.errors import UserError
 from treegrpo.methods import method_of
 from treegrpo.models.folder import ModelError
-from treegrpo.models.policy import load_policy
+from treegrpo.models.opening import load_policy
 from treegrpo.prompts import PromptError
 from treegrpo.rewards import RewardError
 from treegrpo.run_folder import (
@@ -575,7 +576,8 @@ def test_exported_lora_weights_know_their_base_model(
     run, _ = iterated(configure(*changes), 1)
     run.export(tmp_path / "lora")
     monkeypatch.chdir(tmp_path)
-    assert load_policy("lora", device=torch.device("cpu")).sampling.steps == STEPS
+    model = ModelConfig(path="lora", embedding_cache=None)
+    assert load_policy(model, device=torch.device("cpu")).sampling.steps == STEPS
     # Training them as if they were a whole model would export neither.
     with pytest.raises(ModelError, match=r"model\.path: lora holds LoRA weights"):
         build(configure("model.path=lora"))

@@ -12,7 +12,7 @@ from typing import Any
 
 from treegrpo.config import Config, load_config
 from treegrpo.errors import UserError
-from treegrpo.models.folder import check_folder
+from treegrpo.models.folder import check_checkpoint
 from treegrpo.rewards import check_reward
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -48,7 +48,7 @@ def check_model(model: str, field: str, *, weights: bool = True) -> None:
     """
     path = Path(model).expanduser()
     if path.is_dir():
-        check_folder(path, field, weights=weights)
+        check_checkpoint(path, field, weights=weights)
         return
     if model == "miniature":
         return

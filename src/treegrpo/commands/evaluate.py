@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
 from treegrpo.commands.arguments import check_model, check_output, check_reward_of
-from treegrpo.config import parse_yaml
+from treegrpo.config import ModelConfig, parse_yaml
 from treegrpo.errors import UserError
 from treegrpo.models.folder import INDEX_FILE, LORA_FILE, SAMPLING_FILE, read_json
 from treegrpo.prompts import Prompt, load_prompts
@@ -49,7 +49,7 @@ def evaluate_command(
     steps: int | None,
     guidance_scale: float | None,
     max_batch: int,
-    dtype: str,
+    dtype: Literal["float32", "bfloat16"],
     json_file: Path | None,
     page: Path | None,
 ) -> None:
@@ -95,7 +95,8 @@ def evaluate_command(
     from treegrpo.rewards import check_prompts
     from treegrpo.versions import versions
 
-    policies = open_pair(model, base, dtype, steps=steps, guidance_scale=guidance_scale)
+    section = ModelConfig(path=model, dtype=dtype, guidance_scale=guidance_scale)
+    policies = open_pair(section, base, steps=steps)
     loaded = {name: load_reward(name, of) for name, of in options.items()}
     check_prompts(loaded, given)
     noises = {"seeds": seeds, "images_per_prompt": images_per_prompt, "max_batch": max_batch}
@@ -117,7 +118,9 @@ def evaluate_command(
     shown = [] if page is None else report.pictured(len(given))
     pictures: Pictures = {index: {role: [] for role in comparison.roles} for index in shown}
     console = plain_console()
-    _fill(comparison, pictures, policies, given, loaded, console, json_file, page, **noises)
+    _fill(
+        comparison, pictures, policies, section, given, loaded, console, json_file, page, **noises
+    )
     console.print(report.table(comparison))
     if json_file is not None:
         console.print(f"wrote {json_file}")
@@ -212,6 +215,7 @@ def _fill(
     comparison: Comparison,
     pictures: Pictures,
     policies: list[Policy],
+    section: ModelConfig,
     prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward],
     console: Console,
@@ -251,6 +255,7 @@ def _fill(
                 comparison,
                 role,
                 policies.pop(0),  # popped, so that nothing keeps the first model in memory
+                section,
                 prompts,
                 rewards,
                 seeds=seeds,

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from treegrpo.commands.arguments import check_model, check_output
+from treegrpo.config import ModelConfig
 from treegrpo.errors import UserError
 from treegrpo.prompts import load_prompts
 
@@ -24,7 +26,7 @@ def sample_command(
     seed: int,
     steps: int | None,
     guidance_scale: float | None,
-    dtype: str,
+    dtype: Literal["float32", "bfloat16"],
     out: Path,
 ) -> None:
     """Write a PNG of `count` samples per prompt.
@@ -56,14 +58,16 @@ def sample_command(
 
     import torch
 
-    from treegrpo.evaluation.sampling import decode_batch_of, open_sampled, sample
+    from treegrpo.device import default_device
+    from treegrpo.evaluation.sampling import decode_batch_of, sample
     from treegrpo.images import middle_frames
-    from treegrpo.models.policy import load_weights
+    from treegrpo.models.opening import load_weights, open_policy
     from treegrpo.report.pictures import image_grid
 
-    policy = open_sampled(model, dtype, steps=steps, guidance_scale=guidance_scale)
+    section = ModelConfig(path=model, dtype=dtype, guidance_scale=guidance_scale)
+    policy = open_policy(section, device=default_device(), steps=steps)
     policy.prepare(texts)
-    load_weights(policy)
+    load_weights(policy, section, train=False)
     images = sample(
         policy,
         texts,

@@ -13,49 +13,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from treegrpo.config import ModelConfig
+from treegrpo.device import default_device
 from treegrpo.evaluation.measure import sample_and_score
 from treegrpo.evaluation.results import Comparison
-from treegrpo.evaluation.sampling import decode_batch_of, open_sampled
+from treegrpo.evaluation.sampling import decode_batch_of
 from treegrpo.models.folder import ModelError
-from treegrpo.models.policy import Policy, load_weights
+from treegrpo.models.opening import load_weights, open_policy
+from treegrpo.models.policy import Policy
 from treegrpo.prompts import Prompt
 from treegrpo.rewards import Reward
 
 
-def open_pair(
-    model: str, base: str | None, dtype: str, *, steps: int | None, guidance_scale: float | None
-) -> list[Policy]:
+def open_pair(model: ModelConfig, base: str | None, *, steps: int | None) -> list[Policy]:
     """The base, if any, and the model, without weights, both sampled as the model is.
 
     Args:
-        model: as `open_sampled` takes it.
-        base: likewise; None: the model stands alone.
-        dtype: torch's name of what the networks compute in.
+        model: of the trained model.
+        base: a diffusers folder, a hub name or "miniature"; None: the model stands alone.
         steps: denoising steps; None: the model's own.
-        guidance_scale: classifier-free guidance; None: the model's own.
 
     Raises:
         ModelError: a checkpoint or a setting cannot be used, or the two cannot be compared.
     """
-    trained = open_sampled(model, dtype, steps=steps, guidance_scale=guidance_scale)
+    device = default_device()
+    trained = open_policy(model, device=device, steps=steps)
     if base is None:
         return [trained]
-    overrides = asdict(trained.sampling)
-    overrides.pop("base_model")
+    sampling = asdict(trained.sampling)
+    steps = sampling.pop("steps")
+    sampling.pop("base_model")
+    alone = ModelConfig(path=base, dtype=model.dtype)
     try:
         # What is not of the same family has other settings, which would be refused first.
-        family = open_sampled(base, dtype).pipeline_name
+        family = open_policy(alone, device=device).pipeline_name
         if family != trained.pipeline_name:
             raise ModelError(
-                f"{base} is a {family}, {model} a {trained.pipeline_name}; they cannot be compared"
+                f"{base} is a {family}, {model.path} a {trained.pipeline_name}; they cannot be "
+                "compared"
             )
-        policy = open_sampled(base, dtype, **overrides)
+        policy = open_policy(alone.model_copy(update=sampling), device=device, steps=steps)
     except ModelError as error:
         raise ModelError(f"--base: {str(error).removeprefix('model.path: ')}") from error
     if policy.latent_shape != trained.latent_shape:
         raise ModelError(
-            f"--base: {base} starts from noise of shape {list(policy.latent_shape)}, {model} from "
-            f"{list(trained.latent_shape)}; they cannot be compared"
+            f"--base: {base} starts from noise of shape {list(policy.latent_shape)}, {model.path} "
+            f"from {list(trained.latent_shape)}; they cannot be compared"
         )
     return [policy, trained]
 
@@ -64,6 +67,7 @@ def score_into(
     comparison: Comparison,
     role: str,
     policy: Policy,
+    model: ModelConfig,
     prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward],
     *,
@@ -78,6 +82,7 @@ def score_into(
         comparison: what is filled. A reward that fails is noted there and not asked again.
         role: `BASE` or `TRAINED`.
         policy: without its weights.
+        model: the settings that it was opened with.
         prompts: those of the comparison.
         rewards: those of the comparison, by name.
         seeds: of the noises: 0 up to this.
@@ -90,7 +95,7 @@ def score_into(
         noises, ...].
     """
     policy.prepare(comparison.prompts)
-    load_weights(policy)
+    load_weights(policy, model, train=False)
     for seed in range(seeds):
         noises = range(seed * images_per_prompt, (seed + 1) * images_per_prompt)
         for part in sample_and_score(

@@ -6,40 +6,17 @@ Left out: the stochastic rollouts of training (`rollout.py`), and what is done w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from treegrpo.device import default_device
-from treegrpo.models.embeddings import cache_folder
-from treegrpo.models.policy import Policy, open_policy
+from treegrpo.models.policy import Policy
 from treegrpo.plan import RolloutPlan
 from treegrpo.rollout import rollout
 from treegrpo.transition import transitions
 
 # A decoder takes gigabytes per million pixels; more of them at once are hardly faster.
 _DECODED_PIXELS = 2**21
-
-
-def open_sampled(model: str, dtype: str, **overrides: Any) -> Policy:
-    """A model for the commands that only sample, without its weights, on the default device.
-
-    Args:
-        model: a diffusers folder, a folder of LoRA weights, a hub name or "miniature".
-        dtype: torch's name of what the network computes in.
-        overrides: fields of `Sampling`; None keeps the checkpoint's own.
-
-    Raises:
-        ModelError: the checkpoint or a setting cannot be used.
-    """
-    return open_policy(
-        model,
-        device=default_device(),
-        dtype=getattr(torch, dtype),
-        cache=cache_folder(),
-        **overrides,
-    )
 
 
 def decode_batch_of(policy: Policy) -> int:

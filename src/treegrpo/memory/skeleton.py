@@ -3,6 +3,8 @@
 No formula of any architecture is written down here. The policy's own `predictor` and `decode` and
 the objective's own `losses` run, forward and backward, on fake tensors (shapes and dtypes without
 data), and `PeakBytes` adds what is allocated and takes off what is freed.
+
+Left out: what follows from the plan alone, and the phases of an iteration (`estimate.py`).
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from torch.utils.checkpoint import checkpoint
 
 from treegrpo.config import ModelConfig
 from treegrpo.device import parse_device
-from treegrpo.models.embeddings import EmbeddingStore
-from treegrpo.models.policy import PROMPTS_PER_ENCODING, Policy, open_policy
+from treegrpo.models.opening import load_weights, open_policy
+from treegrpo.models.policy import Policy
+from treegrpo.models.text import PROMPTS_PER_ENCODING, EmbeddingStore
 from treegrpo.objective import losses
 from treegrpo.plan import RolloutPlan
 from treegrpo.rollout import Level, Rollout, rollout
@@ -158,52 +161,29 @@ class Skeleton:
     """
 
     def __init__(self, model: ModelConfig, steps: int) -> None:
-        """
+        """Opens the checkpoint as training does.
+
+        Args:
+            model: the section of the configuration.
+            steps: of the schedule.
+
         Raises:
             ModelError: as `open_policy`.
         """
-        self.policy = policy = _open(model, steps)
+        # What kernels do is not looked at, and nothing is kept on disk.
+        unseen = {"compile": False, "attention_backend": None, "embedding_cache": None}
+        model = model.model_copy(update=unseen)
+        self.policy = policy = open_policy(model, device=_CPU, steps=steps, weights=False)
         self._steps = steps
         self._cuda = planned_device(model).type == "cuda"
         self._mode = FakeTensorMode()
-        policy.store = _EveryPrompt(policy, self._mode)
-        policy.network = self._part(policy.network_name, master_weights=not model.lora_rank)
-        policy.vae = self._part("vae").requires_grad_(False)
-        # As `Policy.load` does; copies depend on it.
-        if all(parameter.dim() < 5 for parameter in policy.vae.parameters()):
-            policy.vae.to(memory_format=torch.channels_last)
-        if model.lora_targets:
-            policy.check_lora_targets(model.lora_targets)
-        if model.lora_rank:
-            policy.add_lora(
-                model.lora_rank, model.lora_alpha or 2 * model.lora_rank, model.lora_targets
-            )
-        policy.configure(
-            gradient_checkpointing=model.gradient_checkpointing, vae_tiling=model.vae_tiling
-        )
+        policy.text.store = _EveryPrompt(policy, self._mode)
+        load_weights(policy, model, train=True, read=policy.checkpoint.without_weights)
         if self._cuda and model.gradient_checkpointing:
             network: Any = policy.network
             network.enable_gradient_checkpointing(_checkpoint_on_cuda)
-        for part in (policy.network, policy.vae):
-            _make_fake(part.eval(), self._mode)
-
-    def _part(self, name: str, *, master_weights: bool = False) -> nn.Module:
-        """As `Policy.load` reads it, on the meta device."""
-        part_class: Any = self.policy.part_class(name)
-        config = dict(self.policy.configs[name])
-        with torch.device("meta"):
-            is_transformers = hasattr(part_class, "config_class")
-            part: nn.Module = (
-                part_class(part_class.config_class.from_dict(config))
-                if is_transformers
-                else part_class.from_config(config)
-            )
-        strict = "_strict" if is_transformers else ""  # its other list is about float16 alone
-        kept = set(getattr(part_class, f"_keep_in_fp32_modules{strict}", None) or ())
-        for key, parameter in part.named_parameters():
-            if not master_weights and not kept & set(key.split(".")):
-                parameter.data = parameter.data.to(self.policy.dtype)
-        return part
+        for module in (policy.network, policy.vae):
+            _make_fake(module, self._mode)
 
     @property
     def is_guided(self) -> bool:
@@ -224,11 +204,12 @@ class Skeleton:
     @cached_property
     def encoders(self) -> dict[str, nn.Module]:
         """The text encoders by component, of fake tensors."""
-        names = [name for name in self.policy.text_parts if name in self.policy.configs]
-        parts = {name: self._part(name).eval() for name in names}
-        for part in parts.values():
-            _make_fake(part, self._mode)
-        return parts
+        checkpoint, dtype = self.policy.checkpoint, self.policy.dtype
+        names = [name for name in checkpoint.text_parts if name in checkpoint.configs]
+        encoders = {name: checkpoint.without_weights(name, dtype).eval() for name in names}
+        for encoder in encoders.values():
+            _make_fake(encoder, self._mode)
+        return encoders
 
     @property
     def state_bytes(self) -> int:
@@ -328,22 +309,6 @@ class Skeleton:
 def planned_device(model: ModelConfig) -> torch.device:
     """The device of a configuration, which need not be in this machine."""
     return parse_device(model.device, "model.device")
-
-
-def _open(model: ModelConfig, steps: int) -> Policy:
-    return open_policy(
-        model.path,
-        device=_CPU,
-        dtype=getattr(torch, model.dtype),
-        weights=False,
-        steps=steps,
-        guidance_scale=model.guidance_scale,
-        negative_prompt=model.negative_prompt,
-        height=model.height,
-        width=model.width,
-        frames=model.frames,
-        max_sequence_length=model.max_sequence_length,
-    )
 
 
 def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:

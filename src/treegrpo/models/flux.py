@@ -1,4 +1,8 @@
-"""FLUX.1: a rectified flow on a transformer of packed latents, with distilled guidance or none."""
+"""FLUX.1: a rectified flow on a transformer of packed latents, with distilled guidance or none.
+
+Left out: true classifier-free guidance, which the pipeline offers as well, and FLUX.1's pipelines
+for filling, depth and image prompts.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,19 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from diffusers.pipelines.flux.pipeline_flux import FluxPipeline, calculate_shift
+from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor, nn
 
 from treegrpo.models.folder import ModelError
-from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling, flow_levels
+from treegrpo.models.latents import (
+    check_prompt_length,
+    decode,
+    pixels_per_latent,
+    shifted_levels,
+    size_in_tokens,
+    unscaled,
+)
+from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling
 from treegrpo.transition import Schedule
 
 # The pipeline's own; no configuration holds them.
@@ -20,8 +32,10 @@ _LONGEST_PROMPT = 512
 
 
 class Flux(Policy):
-    """`FluxPipeline`: FLUX.1-dev, whose network is told its guidance, and FLUX.1-schnell, which
-    takes none."""
+    """`FluxPipeline`: FLUX.1-dev and FLUX.1-schnell.
+
+    The first one's network is told its guidance; the second one's takes none.
+    """
 
     pipeline_name: ClassVar = "FluxPipeline"
     defaults: ClassVar = Sampling(steps=28, guidance_scale=3.5, max_sequence_length=_LONGEST_PROMPT)
@@ -43,19 +57,23 @@ class Flux(Policy):
 
     @classmethod
     def default_sampling(cls, configs: Configs) -> Sampling:
+        """No guidance for FLUX.1-schnell."""
         return cls.defaults if _takes_guidance(configs) else replace(cls.defaults, guidance_scale=1)
 
     @classmethod
     def default_size(cls, configs: Configs) -> tuple[int, int]:
-        size = _DEFAULT_SIZE_IN_LATENTS * _scale(configs)
+        """The pipeline's own."""
+        size = _DEFAULT_SIZE_IN_LATENTS * pixels_per_latent(configs)
         return size, size
 
     @classmethod
     def size_multiple(cls, configs: Configs) -> int:
-        return 2 * _scale(configs)  # 2x2 latents are packed into one token
+        """Of a token, into which 2x2 latents are packed."""
+        return 2 * pixels_per_latent(configs)
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
+        """Guidance that the checkpoint does not take is refused, and prompts beyond T5's limit."""
         super().check_sampling(sampling, configs)
         check_prompt_length(sampling, _LONGEST_PROMPT)
         scale = sampling.guidance_scale
@@ -72,16 +90,16 @@ class Flux(Policy):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        """Tokens, channels."""
         height, width = self._size_in_tokens
         return height * width, self.configs["transformer"]["in_channels"]
 
     @property
     def _size_in_tokens(self) -> tuple[int, int]:
-        multiple = self.size_multiple(self.configs)
-        height, width = self.sampling.size
-        return height // multiple, width // multiple
+        return size_in_tokens(self.sampling, self.size_multiple(self.configs))
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """T5's tokens, and pooled CLIP."""
         network = self.configs["transformer"]
         return {
             "embeddings": (self.sampling.max_sequence_length or 0, network["joint_attention_dim"]),
@@ -89,12 +107,14 @@ class Flux(Policy):
         }
 
     def encode_prompts(self, pipeline: Any, prompts: list[str]) -> Conditioning:
+        """By T5 and CLIP."""
         embeddings, pooled, _ = pipeline.encode_prompt(
             prompts, device=self.device, max_sequence_length=self.sampling.max_sequence_length
         )
         return {"embeddings": embeddings, "pooled": pooled}
 
     def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
+        """Shifted by the image's tokens."""
         return shifted_levels(self.scheduler, steps, self.latent_shape[0])
 
     @cached_property
@@ -108,6 +128,7 @@ class Flux(Policy):
     def forward(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
+        """A velocity."""
         embeddings = conditioning["embeddings"]
         guidance = torch.full_like(timestep, self.sampling.guidance_scale)
         output: Tensor = network(
@@ -123,41 +144,13 @@ class Flux(Policy):
         return output
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        latents = FluxPipeline._unpack_latents(latents, *self.sampling.size, _scale(self.configs))
-        config = self.vae.config
-        latents = latents / config.scaling_factor + config.shift_factor
-        images: Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return images
-
-
-def shifted_levels(scheduler: Any, steps: int, tokens: int) -> tuple[Schedule, list[float]]:
-    """Evenly spaced noise levels, shifted towards noise by the image's number of tokens where the
-    scheduler says so: FLUX.1's, and those of models that followed."""
-    config = scheduler.config
-    shift = calculate_shift(
-        tokens,
-        config.get("base_image_seq_len", 256),
-        config.get("max_image_seq_len", 4096),
-        config.get("base_shift", 0.5),
-        config.get("max_shift", 1.15),
-    )
-    sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
-    return flow_levels(scheduler, steps, sigmas, mu=shift)
-
-
-def check_prompt_length(sampling: Sampling, longest: int) -> None:
-    """Refuse a prompt length beyond the pipeline's own limit (raises ModelError)."""
-    if (sampling.max_sequence_length or 0) > longest:
-        raise ModelError(
-            f"model.max_sequence_length: got {sampling.max_sequence_length}; must be at most "
-            f"{longest}"
+        """Of unpacked latents, with the decoder's factor and shift."""
+        size, scale = self.sampling.size, pixels_per_latent(self.configs)
+        # No name for what is unpacked: it leaves memory before the decoder begins.
+        return decode(
+            self.vae, unscaled(self.vae, FluxPipeline._unpack_latents(latents, *size, scale))
         )
 
 
 def _takes_guidance(configs: Configs) -> bool:
     return bool(configs["transformer"].get("guidance_embeds", False))
-
-
-def _scale(configs: Configs) -> int:
-    """Pixels per latent, in each direction."""
-    return int(2 ** (len(configs["vae"]["block_out_channels"]) - 1))

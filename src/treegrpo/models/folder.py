@@ -1,10 +1,16 @@
-"""Checkpoint folders, looked at without heavy imports, so that mistakes answer at once."""
+"""Checkpoint folders, looked at without heavy imports, so that mistakes answer at once.
+
+Left out: reading weights (`components.py`), and what a trained run saves to be continued
+(`treegrpo/checkpoint.py`).
+"""
 
 from __future__ import annotations
 
 import json
 import struct
 import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -37,6 +43,38 @@ class ModelError(UserError):
     """A checkpoint that cannot be loaded, or a setting it does not allow."""
 
 
+class ConfigFile(dict[str, Any]):
+    """What a JSON file of a checkpoint says.
+
+    Asked for a key that it lacks or leaves null, it raises a ModelError with the file and the key;
+    `get` has a default as ever.
+    """
+
+    def __init__(self, path: Path, values: Mapping[str, Any]) -> None:
+        super().__init__(values)
+        self.path = path
+
+    def __getitem__(self, key: str) -> Any:
+        value = self.get(key)
+        if value is None:
+            raise ModelError(f"model.path: {self.path} lacks {key!r}; must be given there")
+        return value
+
+
+@contextmanager
+def loading(what: Path) -> Iterator[None]:
+    """Tell what a library raises inside as a ModelError about a file or folder.
+
+    For libraries' calls alone: an error of our own code must keep its traceback.
+    """
+    try:
+        yield
+    except Exception as error:  # each library has its own
+        raise ModelError(
+            f"model.path: cannot load {what}: {type(error).__name__}: {error}"
+        ) from error
+
+
 def resolve(path: str) -> str:
     """The folder of the embedded checkpoint for "miniature", any other path as it is."""
     if path == "miniature":
@@ -44,7 +82,7 @@ def resolve(path: str) -> str:
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
-def check_folder(folder: Path, field: str = "model.path", *, weights: bool = True) -> None:
+def check_checkpoint(folder: Path, field: str = "model.path", *, weights: bool = True) -> None:
     """Refuse a folder that is neither a complete, supported checkpoint nor our LoRA export.
 
     Weights are not read, but a missing shard or a truncated safetensors file is found.
@@ -87,7 +125,7 @@ def check_trainable(path: str) -> None:
         )
 
 
-def check_family(path: str, index: dict[str, Any], field: str = "model.path") -> str:
+def check_family(path: str, index: Mapping[str, Any], field: str = "model.path") -> str:
     """The pipeline class of a checkpoint's index.
 
     Raises:
@@ -108,7 +146,7 @@ def check_family(path: str, index: dict[str, Any], field: str = "model.path") ->
     return str(family)
 
 
-def components(index: dict[str, Any]) -> list[str]:
+def components(index: Mapping[str, Any]) -> list[str]:
     """The parts of a checkpoint that we use: its networks, tokenizers and scheduler."""
     used = ("text_encoder", "tokenizer", "transformer", "unet", "vae", "scheduler")
     return [
@@ -118,20 +156,21 @@ def components(index: dict[str, Any]) -> list[str]:
     ]
 
 
-def component_configs(folder: Path, index: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def component_configs(folder: Path, index: Mapping[str, Any]) -> ConfigFile:
     """The configuration of each network and of the scheduler, by component.
 
     Raises:
         ModelError: one of them cannot be read.
     """
-    return {
+    configs = {
         name: read_json(folder / name / _config_file(name))
         for name in components(index)
         if not name.startswith("tokenizer")
     }
+    return ConfigFile(folder / INDEX_FILE, configs)
 
 
-def read_json(path: Path, field: str = "model.path") -> dict[str, Any]:
+def read_json(path: Path, field: str = "model.path") -> ConfigFile:
     """A JSON object.
 
     Raises:
@@ -143,7 +182,7 @@ def read_json(path: Path, field: str = "model.path") -> dict[str, Any]:
         raise ModelError(f"{field}: {path} cannot be read: {error}") from error
     if not isinstance(data, dict):
         raise ModelError(f"{field}: {path} must hold a JSON object")
-    return data
+    return ConfigFile(path, data)
 
 
 def _config_file(name: str) -> str:
@@ -198,8 +237,11 @@ def _check_tokenizer(folder: Path, field: str) -> None:
 
 
 def _check_weights(path: Path, field: str) -> None:
-    """A safetensors file says in its header how long it must be; torch's is a whole zip archive, or
-    an older pickle."""
+    """Refuse a damaged file of weights.
+
+    A safetensors file says in its header how long it must be; torch's is a whole zip archive, or an
+    older pickle.
+    """
     if path.suffix != ".safetensors":
         with path.open("rb") as file:
             start = file.read(4)

@@ -1,4 +1,7 @@
-"""Qwen-Image: a rectified flow on a transformer of packed latents, with prompts of any length."""
+"""Qwen-Image: a rectified flow on a transformer of packed latents, with prompts of any length.
+
+Left out: the editing and inpainting pipelines of the same family.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,15 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
-from treegrpo.models.flux import check_prompt_length, shifted_levels
+from treegrpo.models.latents import (
+    check_prompt_length,
+    decode,
+    shifted_levels,
+    size_in_tokens,
+    unstandardized,
+)
 from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling
+from treegrpo.models.text import count_tokens
 from treegrpo.transition import Schedule
 
 # The pipeline's own; no configuration holds them.
@@ -31,30 +41,33 @@ class QwenImage(Policy):
 
     @classmethod
     def default_size(cls, configs: Configs) -> tuple[int, int]:
+        """The pipeline's own."""
         size = _DEFAULT_SIZE_IN_LATENTS * _scale(configs)
         return size, size
 
     @classmethod
     def size_multiple(cls, configs: Configs) -> int:
-        return 2 * _scale(configs)  # 2x2 latents are packed into one token
+        """Of a token, into which 2x2 latents are packed."""
+        return 2 * _scale(configs)
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
+        """Prompts beyond the pipeline's limit are refused."""
         super().check_sampling(sampling, configs)
         check_prompt_length(sampling, _LONGEST_PROMPT)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        """Tokens, channels."""
         height, width = self._size_in_tokens
         return height * width, self.configs["transformer"]["in_channels"]
 
     @property
     def _size_in_tokens(self) -> tuple[int, int]:
-        multiple = self.size_multiple(self.configs)
-        height, width = self.sampling.size
-        return height // multiple, width // multiple
+        return size_in_tokens(self.sampling, self.size_multiple(self.configs))
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The prompt's tokens, and which of them are there."""
         tokens = self.sampling.max_sequence_length or 0
         return {
             "embeddings": (tokens, self.configs["transformer"]["joint_attention_dim"]),
@@ -62,29 +75,32 @@ class QwenImage(Policy):
         }
 
     def encoder_tokens(self) -> int:
+        """With the pipeline's template around the prompt."""
         pipeline: Any = QwenImagePipeline(self.scheduler, None, None, None, None)
-        around = self.count_tokens(pipeline.prompt_template_encode.format(""))
+        around = count_tokens(self.checkpoint, pipeline.prompt_template_encode.format(""))
         return around + (self.sampling.max_sequence_length or 0)
 
     def encode_prompts(self, pipeline: Any, prompts: list[str]) -> dict[str, list[Tensor]]:
+        """Each prompt at its own length: one long prompt must not fill the disk with padding."""
         embeddings, mask = pipeline.encode_prompt(
             prompts, device=self.device, max_sequence_length=self.sampling.max_sequence_length
         )
         if mask is None:  # all of one length
             mask = torch.ones(embeddings.shape[:2], dtype=torch.bool)
         lengths = mask.sum(1).tolist()
-        # Each prompt at its own length: one long prompt must not fill the disk with padding.
         return {
             "embeddings": [row[:length] for row, length in zip(embeddings, lengths, strict=True)],
             "mask": [row[:length].bool() for row, length in zip(mask, lengths, strict=True)],
         }
 
     def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
+        """Shifted by the image's tokens."""
         return shifted_levels(self.scheduler, steps, self.latent_shape[0])
 
     def forward(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
+        """A velocity."""
         embeddings, mask = conditioning["embeddings"], conditioning["mask"]
         # The longest prompt may be in another batch, and attention without a mask is faster.
         shortest, longest = torch.stack(mask.sum(1).aminmax()).tolist()
@@ -105,23 +121,20 @@ class QwenImage(Policy):
         return guided * ratio
 
     def call_settings(self) -> dict[str, Any]:
+        """The scale goes by another name, and needs a negative prompt."""
         settings = super().call_settings()
         # Without a negative prompt, even an empty one, the pipeline does not guide.
         settings["negative_prompt"] = self.sampling.negative_prompt
         return {"true_cfg_scale": settings.pop("guidance_scale"), **settings}
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        latents = QwenImagePipeline._unpack_latents(
-            latents, *self.sampling.size, _scale(self.configs)
-        )
-        config = self.vae.config
-        mean, std = (
-            torch.tensor(values, device=latents.device).view(1, -1, 1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        latents = (latents * std + mean).to(self.vae.dtype)
-        images: Tensor = self.vae.decode(latents, return_dict=False)[0][:, :, 0]
-        return images
+        """Of unpacked latents, with the decoder's means and deviations: a video's only frame."""
+        size, scale = self.sampling.size, _scale(self.configs)
+        # No name for what is unpacked: it leaves memory before the decoder begins.
+        return decode(
+            self.vae,
+            unstandardized(self.vae, QwenImagePipeline._unpack_latents(latents, *size, scale)),
+        )[:, :, 0]
 
 
 def _scale(configs: Configs) -> int:

@@ -1,4 +1,8 @@
-"""Sana 1 and 1.5: a rectified flow on a linear-attention transformer, prompted through Gemma 2."""
+"""Sana 1 and 1.5: a rectified flow on a linear-attention transformer, prompted through Gemma 2.
+
+Left out: resolution binning, with which the pipeline changes sizes, and Sana's distilled relatives
+(Sprint, video), which are pipelines of their own.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ from typing import Any, ClassVar
 from diffusers import SanaPipeline
 from torch import Tensor, nn
 
-from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling, flow_levels
+from treegrpo.models.latents import decode, flow_levels, image_shape, pixels_per_latent
+from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling
+from treegrpo.models.text import count_tokens
 from treegrpo.transition import Schedule
 
 # The instruction that the pipeline puts before every prompt, but not before a negative one.
@@ -28,31 +34,36 @@ class Sana(Policy):
 
     @classmethod
     def default_size(cls, configs: Configs) -> tuple[int, int]:
+        """The network's `sample_size`."""
         size = configs["transformer"]["sample_size"] * _scale(configs)
         return size, size
 
     @classmethod
     def size_multiple(cls, configs: Configs) -> int:
+        """A patch of latents in pixels."""
         return int(_scale(configs) * configs["transformer"]["patch_size"])
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        height, width = self.sampling.size
-        scale = _scale(self.configs)
-        return self.configs["transformer"]["in_channels"], height // scale, width // scale
+        """Channels, height, width."""
+        return image_shape(self.configs["transformer"], self.sampling, _scale(self.configs))
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The prompt's tokens, and which of them are there."""
         tokens = self.sampling.max_sequence_length or 0
         channels = self.configs["transformer"]["caption_channels"]
         return {"embeddings": (tokens, channels), "mask": (tokens,)}
 
     def encoder_tokens(self) -> int:
-        # As the pipeline counts: one of the instruction's tokens and the prompt's first are shared.
-        instruction = self.count_tokens("\n".join(_INSTRUCTION))
+        """With the instruction.
+
+        As the pipeline counts: one of the instruction's tokens and the prompt's first are shared.
+        """
+        instruction = count_tokens(self.checkpoint, "\n".join(_INSTRUCTION))
         return instruction + (self.sampling.max_sequence_length or 0) - 2
 
     def encode_prompts(self, pipeline: Any, prompts: list[str]) -> Conditioning:
-        # A negative prompt is always encoded alone (see `negative`).
+        """With the instruction, unless it is a negative prompt, which comes alone."""
         is_negative = prompts[0].startswith(_NEGATIVE)
         embeddings, mask, _, _ = pipeline.encode_prompt(
             [prompt.removeprefix(_NEGATIVE) for prompt in prompts],
@@ -64,17 +75,21 @@ class Sana(Policy):
         return {"embeddings": embeddings, "mask": mask}
 
     def negative(self) -> Conditioning:
+        """Encoded without the instruction."""
         return self.encode([_NEGATIVE + self.sampling.negative_prompt])
 
     def call_settings(self) -> dict[str, Any]:
+        """Without resolution binning."""
         return {**super().call_settings(), "use_resolution_binning": False}
 
     def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
+        """The scheduler's."""
         return flow_levels(self.scheduler, steps)
 
     def forward(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
+        """A velocity."""
         output: Tensor = network(
             x,
             encoder_hidden_states=conditioning["embeddings"],
@@ -86,11 +101,9 @@ class Sana(Policy):
         return output[:, : x.shape[1]]
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor
-        images: Tensor = self.vae.decode(latents, return_dict=False)[0]
-        return images
+        """With the decoder's factor, which the pipeline divides by in the decoder's dtype."""
+        return decode(self.vae, latents.to(self.vae.dtype) / self.vae.config.scaling_factor)
 
 
 def _scale(configs: Configs) -> int:
-    """Pixels per latent, in each direction."""
-    return int(2 ** (len(configs["vae"]["encoder_block_out_channels"]) - 1))
+    return pixels_per_latent(configs, "encoder_block_out_channels")

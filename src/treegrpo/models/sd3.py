@@ -1,14 +1,25 @@
-"""Stable Diffusion 3 and 3.5 (and the miniature): a rectified flow on a multimodal transformer."""
+"""Stable Diffusion 3 and 3.5 (and the miniature): a rectified flow on a multimodal transformer.
+
+Left out: the ControlNet, inpainting and image-prompt pipelines of the same weights.
+"""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from torch import Tensor, nn
 
 from treegrpo.models.folder import ModelError
-from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling, flow_levels
+from treegrpo.models.latents import (
+    decode,
+    flow_levels,
+    image_shape,
+    pixels_per_latent,
+    shift_for,
+    size_in_tokens,
+    unscaled,
+)
+from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling
 from treegrpo.transition import Schedule
 
 
@@ -31,15 +42,18 @@ class StableDiffusion3(Policy):
 
     @classmethod
     def default_size(cls, configs: Configs) -> tuple[int, int]:
-        size = configs["transformer"]["sample_size"] * _scale(configs)
+        """The network's `sample_size`."""
+        size = configs["transformer"]["sample_size"] * pixels_per_latent(configs)
         return size, size
 
     @classmethod
     def size_multiple(cls, configs: Configs) -> int:
-        return int(_scale(configs) * configs["transformer"]["patch_size"])
+        """A patch of latents in pixels."""
+        return int(pixels_per_latent(configs) * configs["transformer"]["patch_size"])
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
+        """Beyond the network's `pos_embed_max_size` there are no positions."""
         super().check_sampling(sampling, configs)
         most = configs["transformer"]["pos_embed_max_size"] * cls.size_multiple(configs)
         for name, value in (("height", sampling.height), ("width", sampling.width)):
@@ -51,13 +65,13 @@ class StableDiffusion3(Policy):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        height, width = self.sampling.size
-        scale = _scale(self.configs)
-        return self.configs["transformer"]["in_channels"], height // scale, width // scale
+        """Channels, height, width."""
+        scale = pixels_per_latent(self.configs)
+        return image_shape(self.configs["transformer"], self.sampling, scale)
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Both CLIP encoders' tokens, then T5's (or zeros in their place); and pooled CLIP."""
         network = self.configs["transformer"]
-        # CLIP's tokens, then T5's (or zeros in their place).
         tokens = self.configs["text_encoder"]["max_position_embeddings"]
         tokens += self.sampling.max_sequence_length or 0
         return {
@@ -66,6 +80,7 @@ class StableDiffusion3(Policy):
         }
 
     def encode_prompts(self, pipeline: Any, prompts: list[str]) -> Conditioning:
+        """By CLIP's two encoders and T5."""
         embeddings, _, pooled, _ = pipeline.encode_prompt(
             prompts,
             None,
@@ -77,22 +92,18 @@ class StableDiffusion3(Policy):
         return {"embeddings": embeddings, "pooled": pooled}
 
     def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
+        """The scheduler's; with dynamic shifting they depend on the size."""
         if not self.scheduler.config.get("use_dynamic_shifting"):
             return flow_levels(self.scheduler, steps)
-        height, width = self.sampling.size
-        multiple, config = self.size_multiple(self.configs), self.scheduler.config
-        shift = calculate_shift(
-            (height // multiple) * (width // multiple),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.16),
+        height, width = size_in_tokens(self.sampling, self.size_multiple(self.configs))
+        return flow_levels(
+            self.scheduler, steps, mu=shift_for(self.scheduler, height * width, 1.16)
         )
-        return flow_levels(self.scheduler, steps, mu=shift)
 
     def forward(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
+        """A velocity."""
         output: Tensor = network(
             hidden_states=x,
             timestep=timestep,
@@ -103,12 +114,5 @@ class StableDiffusion3(Policy):
         return output
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        config = self.vae.config
-        latents = latents / config.scaling_factor + config.shift_factor
-        images: Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return images
-
-
-def _scale(configs: Configs) -> int:
-    """Pixels per latent, in each direction."""
-    return int(2 ** (len(configs["vae"]["block_out_channels"]) - 1))
+        """With the decoder's factor and shift."""
+        return decode(self.vae, unscaled(self.vae, latents))

@@ -6,6 +6,8 @@ own in, and the deterministic step is DDIM's with eta 0 (arXiv 2010.02502), whic
 Euler's and every other first-order solver's comes to. Solvers of a higher order, with which many
 checkpoints are published (PNDM, DPM-Solver++), mix several predictions into a step; of them we take
 the levels only.
+
+Left out: consistency sampling, inpainting, the refiner of SDXL and safety checkers.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import torch
 from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
-from treegrpo.models.folder import ModelError
+from treegrpo.models.folder import ModelError, loading
+from treegrpo.models.latents import decode, image_shape, pixels_per_latent, unscaled
 from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling
 from treegrpo.transition import Schedule, variance_preserving_schedule
 
@@ -46,32 +49,37 @@ class StableDiffusion(Policy):
     scheduler_changes: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
     """Scheduler settings that the pipeline sets, whatever the checkpoint says."""
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
-        super().__init__(*arguments, **settings)
-        config = self.scheduler.config
+    def make_scheduler(self) -> Any:
+        """DDIM for the checkpoint's levels where it keeps them as alphas, else its own solver."""
+        scheduler, folder = super().make_scheduler(), self.checkpoint.folder
+        config = scheduler.config
         for setting in ("clip_sample", "thresholding"):
             if {**config, **self.scheduler_changes}.get(setting):
                 raise ModelError(
-                    f"model.path: the scheduler of {self.folder} has {setting} true; must be "
+                    f"model.path: the scheduler of {folder} has {setting} true; must be "
                     "false, since latents have no bounds"
                 )
-        solver = type(self.scheduler)
+        solver = type(scheduler)
         if solver.__name__ in _BY_ALPHAS:
             solver = DDIMScheduler
-        self.scheduler = solver.from_config(config, **self.scheduler_changes)
+        with loading(folder / "scheduler"):
+            return solver.from_config(config, **self.scheduler_changes)
 
     @classmethod
     def default_size(cls, configs: Configs) -> tuple[int, int]:
-        size = configs["unet"]["sample_size"]
+        """The network's `sample_size`."""
+        size, scale = configs["unet"]["sample_size"], pixels_per_latent(configs)
         height, width = (size, size) if isinstance(size, int) else size
-        return height * _scale(configs), width * _scale(configs)
+        return height * scale, width * scale
 
     @classmethod
     def size_multiple(cls, configs: Configs) -> int:
-        return _scale(configs)
+        """A latent in pixels."""
+        return pixels_per_latent(configs)
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
+        """A prompt length is refused, and schedulers and networks without DDIM steps."""
         super().check_sampling(sampling, configs)
         if sampling.max_sequence_length is not None:
             raise ModelError(
@@ -98,16 +106,18 @@ class StableDiffusion(Policy):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        height, width = self.sampling.size
-        scale = _scale(self.configs)
-        return self.configs["unet"]["in_channels"], height // scale, width // scale
+        """Channels, height, width."""
+        scale = pixels_per_latent(self.configs)
+        return image_shape(self.configs["unet"], self.sampling, scale)
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """CLIP's tokens, in SDXL of both encoders side by side."""
         encoders = [c for name, c in self.configs.items() if name.startswith("text_encoder")]
         tokens = encoders[0]["max_position_embeddings"]
         return {"embeddings": (tokens, sum(encoder["hidden_size"] for encoder in encoders))}
 
     def encode_prompts(self, pipeline: Any, prompts: list[str]) -> Conditioning:
+        """By CLIP."""
         embeddings, _ = pipeline.encode_prompt(prompts, self.device, 1, False)
         return {"embeddings": embeddings}
 
@@ -134,7 +144,7 @@ class StableDiffusion(Policy):
         prediction = self.scheduler.config.prediction_type
         if alphas_cumprod[0] == 0 and prediction == "epsilon":
             raise ModelError(
-                f"model.path: the scheduler of {self.folder} begins at pure noise "
+                f"model.path: the scheduler of {self.checkpoint.folder} begins at pure noise "
                 "(rescale_betas_zero_snr), where a prediction of the noise says nothing about the "
                 "image; prediction_type must be v_prediction or sample"
             )
@@ -156,6 +166,7 @@ class StableDiffusion(Policy):
     def forward(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
+        """What the scheduler's `prediction_type` says."""
         output: Tensor = network(
             x,
             timestep,
@@ -170,9 +181,8 @@ class StableDiffusion(Policy):
         return None
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        latents = latents / self.vae.config.scaling_factor
-        images: Tensor = self.vae.decode(latents.to(self.vae.dtype), return_dict=False)[0]
-        return images
+        """With the decoder's factor."""
+        return decode(self.vae, unscaled(self.vae, latents))
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -187,31 +197,28 @@ class StableDiffusionXL(StableDiffusion):
     scheduler_changes: ClassVar[Mapping[str, Any]] = {}
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """And the second encoder's pooled embedding."""
         pooled = self.configs["text_encoder_2"]["projection_dim"]
         return {**super().conditioning_shapes(), "pooled": (pooled,)}
 
     def encode_prompts(self, pipeline: Any, prompts: list[str]) -> Conditioning:
+        """By both CLIP encoders."""
         embeddings, _, pooled, _ = pipeline.encode_prompt(
             prompts, device=self.device, do_classifier_free_guidance=False
         )
         return {"embeddings": embeddings, "pooled": pooled}
 
     def negative(self) -> Conditioning:
-        conditioning = super().negative()
-        if self.sampling.negative_prompt or not self.index.get(
-            "force_zeros_for_empty_prompt", True
-        ):
+        """Zeros for an empty prompt, where the pipeline's index says so."""
+        conditioning, index = super().negative(), self.checkpoint.index
+        if self.sampling.negative_prompt or not index.get("force_zeros_for_empty_prompt", True):
             return conditioning
         return {name: torch.zeros_like(values) for name, values in conditioning.items()}
 
     def added_conditioning(self, conditioning: Conditioning) -> Conditioning:
+        """The second encoder's pooled embedding, and the sizes."""
         pooled = conditioning["pooled"]
         size = self.sampling.size
         # The original size, the corner of the crop, the size to draw.
         time_ids = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=pooled.device)
         return {"text_embeds": pooled, "time_ids": time_ids.expand(len(pooled), -1)}
-
-
-def _scale(configs: Configs) -> int:
-    """Pixels per latent, in each direction."""
-    return int(2 ** (len(configs["vae"]["block_out_channels"]) - 1))

@@ -1,14 +1,17 @@
-"""Wan 2.1 text to video: a rectified flow on a space-time transformer, prompted by UMT5."""
+"""Wan 2.1 text to video: a rectified flow on a space-time transformer, prompted by UMT5.
+
+Left out: Wan 2.2, which has two networks or a timestep per token, and image to video.
+"""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from treegrpo.models.folder import ModelError
-from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling, flow_levels
+from treegrpo.models.latents import decode, flow_levels, unstandardized
+from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling
 from treegrpo.transition import Schedule
 
 
@@ -23,14 +26,17 @@ class Wan(Policy):
 
     @classmethod
     def default_size(cls, configs: Configs) -> tuple[int, int]:
+        """The pipeline's own."""
         return cls.defaults.size
 
     @classmethod
     def size_multiple(cls, configs: Configs) -> int:
+        """A patch of latents in pixels."""
         return _scale(configs) * int(configs["transformer"]["patch_size"][1])
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
+        """Frames that the decoder cannot make are refused."""
         frames, multiple = sampling.frames or 0, _time_scale(configs)
         if frames < 1 or (frames - 1) % multiple:
             below = max(frames - 1, 0) // multiple * multiple + 1
@@ -41,6 +47,7 @@ class Wan(Policy):
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
+        """Channels, frames, height, width."""
         assert self.sampling.frames is not None
         height, width = self.sampling.size
         scale = _scale(self.configs)
@@ -52,10 +59,12 @@ class Wan(Policy):
         )
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The prompt's tokens, padded."""
         tokens = self.sampling.max_sequence_length or 0
         return {"embeddings": (tokens, self.configs["transformer"]["text_dim"])}
 
     def encode_prompts(self, pipeline: Any, prompts: list[str]) -> Conditioning:
+        """By UMT5."""
         embeddings, _ = pipeline.encode_prompt(
             prompts,
             do_classifier_free_guidance=False,
@@ -65,11 +74,13 @@ class Wan(Policy):
         return {"embeddings": embeddings}
 
     def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
+        """The scheduler's."""
         return flow_levels(self.scheduler, steps)
 
     def forward(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
+        """A velocity."""
         output: Tensor = network(
             hidden_states=x,
             timestep=timestep,
@@ -79,14 +90,8 @@ class Wan(Policy):
         return output
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        config = self.vae.config
-        mean, std = (
-            torch.tensor(values, device=latents.device).view(-1, 1, 1, 1)
-            for values in (config.latents_mean, config.latents_std)
-        )
-        latents = (latents * std + mean).to(self.vae.dtype)
-        videos: Tensor = self.vae.decode(latents, return_dict=False)[0]
-        return videos.transpose(1, 2)
+        """With the decoder's means and deviations."""
+        return decode(self.vae, unstandardized(self.vae, latents)).transpose(1, 2)
 
 
 # Wan 2.1's decoder configurations leave these two out: the class's defaults.

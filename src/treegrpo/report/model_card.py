@@ -79,7 +79,7 @@ def _usage(config: Config, policy: Policy) -> str:
     # Some pipelines load without a text encoder only if they are told so.
     absent = [
         name
-        for name, value in policy.index.items()
+        for name, value in policy.checkpoint.index.items()
         if name.startswith(("text_encoder", "tokenizer")) and value[0] is None
     ]
     arguments = "".join(f", {name}=None" for name in absent)

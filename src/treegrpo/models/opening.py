@@ -1,0 +1,200 @@
+"""A checkpoint and the configuration's `model` section, opened as a `Policy`.
+
+Training, evaluation and the memory estimate all come through here: `open_policy` reads
+configurations and refuses what can be refused, `load_weights` reads (or makes up) the weights.
+
+Left out: whether a folder can be trained from (`folder.check_trainable`), and the device, which the
+caller chooses.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from treegrpo.config import ModelConfig
+from treegrpo.errors import reason
+from treegrpo.models.adapters import add_lora, check_lora_targets, load_lora
+from treegrpo.models.components import Components
+from treegrpo.models.folder import (
+    FAMILIES,
+    INDEX_FILE,
+    LORA_FILE,
+    SAMPLING_FILE,
+    ModelError,
+    check_checkpoint,
+    check_family,
+    read_json,
+    resolve,
+)
+from treegrpo.models.policy import Policy, Sampling
+from treegrpo.models.switches import (
+    check_attention_backend,
+    check_attention_choice,
+    quiet_libraries,
+    switch_on,
+)
+from treegrpo.models.text import cache_folder
+
+# A component's name and the dtype of its weights to the component.
+Read = Callable[[str, torch.dtype], nn.Module]
+
+_SAMPLING_FIELDS = [field.name for field in fields(Sampling)]
+# Of a hub's checkpoint, where its weights are not needed.
+_CONFIG_FILES = ["model_index.json", "*/config.json", "scheduler/scheduler_config.json"]
+
+
+def open_policy(
+    model: ModelConfig, *, device: torch.device, steps: int | None = None, weights: bool = True
+) -> Policy:
+    """Find a checkpoint and check it and the settings without reading weights.
+
+    Args:
+        model: the section; its sampling settings replace the checkpoint's own, its device is not
+            looked at.
+        device: of the policy.
+        steps: of the schedule; None: the checkpoint's own.
+        weights: whether they must be there; otherwise a hub's checkpoint is not downloaded but for
+            its configurations.
+
+    Returns:
+        A policy that can encode prompts, and all but the network and the decoder.
+
+    Raises:
+        ModelError: the folder is missing or incomplete, its pipeline class is not supported, or a
+            setting is not allowed.
+    """
+    quiet_libraries()
+    backend = model.attention_backend
+    if backend is not None:
+        check_attention_backend(backend)
+    folder = Path(resolve(model.path))
+    stored = _stored_sampling(folder / SAMPLING_FILE)
+    lora_folder = folder if (folder / LORA_FILE).is_file() else None
+    base = str(folder)
+    if lora_folder is not None:
+        base = resolve(stored.get("base_model") or model.path)
+    source = _local_folder(base, weights)
+    check_checkpoint(source, weights=weights)
+    checkpoint = Components.of(source, lora_folder)
+    module, _, name = FAMILIES[check_family(str(source), checkpoint.index)].partition(":")
+    family: type[Policy] = getattr(importlib.import_module(module), name)
+    given = {name: getattr(model, name, None) for name in _SAMPLING_FIELDS} | {"steps": steps}
+    changes = {name: value for name, value in given.items() if value is not None}
+    sampling = Sampling(
+        **{**asdict(family.default_sampling(checkpoint.configs)), **stored, **changes}
+    )
+    policy = family(
+        checkpoint,
+        sampling,
+        device=device,
+        dtype=getattr(torch, model.dtype),
+        cache=_cache(model.embedding_cache),
+    )
+    if model.lora_targets:
+        check_lora_targets(policy, model.lora_targets)
+    if backend is not None:
+        network = checkpoint.without_weights(policy.network_name)
+        check_attention_choice(policy, network, backend)
+    return policy
+
+
+def load_weights(
+    policy: Policy, model: ModelConfig, *, train: bool, read: Read | None = None
+) -> None:
+    """Give a policy its network and decoder, with what the section switches on.
+
+    Args:
+        policy: from `open_policy`.
+        model: the section that it was opened with.
+        train: for training: the weights to train are float32 whatever the network computes in, and
+            with a LoRA rank they are fresh adapters. For sampling, an export's adapters are put on.
+        read: gives the components; None: reads them from the checkpoint to the policy's device.
+
+    Raises:
+        ModelError: the weights cannot be read, or some are missing.
+    """
+    read = read or partial(policy.checkpoint.read, device=policy.device)
+    all_trained = train and not model.lora_rank
+    policy.network = read(policy.network_name, torch.float32 if all_trained else policy.dtype)
+    if policy.checkpoint.lora_folder is not None:
+        load_lora(policy, policy.checkpoint.lora_folder)
+    policy.vae = read("vae", policy.dtype).requires_grad_(False).eval()
+    # Two-dimensional convolutions run up to twice as fast with the channels last.
+    if all(parameter.dim() < 5 for parameter in policy.vae.parameters()):
+        policy.vae.to(memory_format=torch.channels_last)
+    if train and model.lora_rank:
+        add_lora(policy, model)
+    switch_on(policy, model)
+    policy.network.eval()  # no dropout: the ratio compares the same function
+
+
+def load_policy(model: ModelConfig, *, device: torch.device, steps: int | None = None) -> Policy:
+    """`open_policy` with its weights read, for sampling.
+
+    Raises:
+        ModelError: as `open_policy` and `load_weights`.
+    """
+    policy = open_policy(model, device=device, steps=steps)
+    load_weights(policy, model, train=False)
+    return policy
+
+
+def _stored_sampling(file: Path) -> dict[str, Any]:
+    """What a checkpoint's `sampling.json` says, if it has one."""
+    if not file.is_file():
+        return {}
+    stored = read_json(file)
+    unknown = sorted(set(stored) - set(_SAMPLING_FIELDS))
+    if unknown:
+        raise ModelError(f"model.path: {file} has an unknown key {unknown[0]!r}")
+    try:
+        TypeAdapter(Sampling).validate_json(file.read_bytes(), strict=True)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise ModelError(
+            f"model.path: {file}: {'.'.join(map(str, wrong['loc']))}: got {wrong['input']!r}; "
+            f"{wrong['msg']}"
+        ) from None
+    return stored
+
+
+def _cache(setting: str | None) -> Path | None:
+    """The folder that `model.embedding_cache` means."""
+    if setting is None:
+        return None
+    return cache_folder() if setting == "auto" else Path(setting)
+
+
+def _local_folder(source: str, weights: bool) -> Path:
+    """The checkpoint on this machine, downloaded if it is a hub name."""
+    if Path(source).is_dir():
+        return Path(source)
+    from diffusers import DiffusionPipeline
+    from huggingface_hub import hf_hub_download, snapshot_download
+
+    # Before a hub's hundred gigabytes are downloaded.
+    check_family(source, read_json(Path(_download(source, hf_hub_download, INDEX_FILE))))
+    if weights:
+        return Path(_download(source, DiffusionPipeline.download))
+    return Path(_download(source, snapshot_download, allow_patterns=_CONFIG_FILES))
+
+
+def _download(source: str, download: Callable[..., str], *arguments: Any, **settings: Any) -> str:
+    try:
+        return download(source, *arguments, **settings)
+    except Exception as error:  # the hub's client, its transports and the disk have many
+        raise ModelError(
+            f"model.path: {source!r} is no local folder and cannot be downloaded from the hub "
+            f"({reason(error)}); fetch it where there is a connection with `hf download {source} "
+            "--local-dir FOLDER` (after `hf auth login` where the model asks for consent) and name "
+            "that folder"
+        ) from error
