@@ -83,13 +83,16 @@ class ForwardProcess(Method):
         clip = self.advantage.advantage_clip or 5.0
         weights = (credit.leaves[prompts] / clip / 2 + 0.5).clamp(0, 1).flatten()
         leaves = forest.leaves[prompts].flatten(0, 1)
-        count, size = len(leaves), micro_batch
         owners = torch.arange(forest.leaves.shape[0], device=device)[prompts]
         owners = owners.repeat_interleave(forest.leaves.shape[1])
-        for start in range(0, count, size):
-            part = slice(start, start + size)
-            clean, weight = leaves[part].to(device), weights[part]
-            step = int(torch.randint(forest.plan.steps, ()))
+        # The samples are dealt out to the levels, as evenly as they go.
+        steps = forest.plan.steps
+        rows = [torch.arange(step, len(leaves), steps, device=device) for step in range(steps)]
+        parts = [
+            (step, p) for step in range(steps) for p in rows[step].split(micro_batch) if len(p)
+        ]
+        for number, (step, part) in enumerate(parts, start=1):
+            clean, weight = leaves[part.to(leaves.device)].to(device), weights[part]
             sigma, noise = forest.schedule.sigma[step], torch.randn_like(clean)
             target = noise - clean
             velocity = predict((1 - sigma) * clean + sigma * noise, step, owners[part])
@@ -99,8 +102,8 @@ class ForwardProcess(Method):
             errors = [(v - target).square().flatten(1).mean(1) for v in (positive, negative)]
             each = weight * errors[0] + (1 - weight) * errors[1]
             yield Loss(
-                each.sum() / count / strength,
+                each.sum() / len(leaves) / strength,
                 len(clean),
-                is_last=start + size >= count,
+                is_last=number == len(parts),
                 means={"matching_error": errors[0].detach()},
             )

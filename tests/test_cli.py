@@ -1,3 +1,8 @@
+"""The command line: help, what it refuses and how soon.
+
+Left out: what the commands do (`test_training.py`, `test_memory.py`, `test_evaluate.py`, ...).
+"""
+
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +15,10 @@ from treegrpo import __version__
 from treegrpo.config import Config, load_config, to_yaml
 from treegrpo.run_folder import RunError, check_run_folder, prepare_folder
 
-HEAVY = {"torch", "diffusers", "transformers", "accelerate", "peft", "scipy", "matplotlib"}
+HEAVY = {
+    *("torch", "diffusers", "transformers", "accelerate", "peft", "scipy", "matplotlib"),
+    *("starlette", "uvicorn"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -18,7 +26,9 @@ def _file(treegrpo: CommandLine) -> None:
     Path("file").touch()
 
 
-@pytest.mark.parametrize("command", [[], ["train"], ["plan"], ["sample"], ["evaluate"]])
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["plan"], ["sample"], ["evaluate"], ["serve-reward"]]
+)
 def test_help_answers(command: list[str], treegrpo: CommandLine) -> None:
     for flag in ("--help", "-h"):
         code, out, _ = treegrpo(*command, flag)
@@ -68,6 +78,12 @@ def test_print_config_shows_file_and_overrides_resolved(treegrpo: CommandLine) -
         ),
         (["train", "model.device=gpu"], "model.device: got 'gpu'; must be 'auto', 'cpu' or"),
         (["plan", "model.device=gpu"], "model.device: got 'gpu'; must be 'auto', 'cpu' or"),
+        (
+            ["plan", "train.updates_per_iteration=16", "--processes", "2"],
+            "rollout.prompts_per_iteration: got 16; must be a multiple of 2 processes x 16 updates",
+        ),
+        (["serve-reward", "compositon"], "NAME: reward 'compositon' is unknown"),
+        (["serve-reward", "x:y", "--option", "url"], "--option: got 'url'; must be KEY=VALUE"),
         (["train", "model.device=mps"], "model.device: got 'mps', which cannot be used here ("),
         (["evaluate", "miniature", "--reward", "x"], "--reward: reward 'x' is unknown"),
         (["evaluate", "miniature", "--json", "no/such.json"], "--json: no folder no "),
@@ -138,9 +154,10 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(treegrpo: Command
         (["train", "rollout.branching=0"], 2),
         # The last check of each command, so that all of them have run.
         (["train", "output=file"], 2),
-        (["plan", "--json", "no/such.json"], 2),
+        (["plan", "--processes", "3"], 2),
         (["sample", "miniature", "--prompt", "a cat", "--out", "no/such.png"], 2),
         (["evaluate", "miniature", "--json", "no/such.json"], 2),
+        (["serve-reward", "compositon"], 2),
     ],
 )
 def test_nothing_heavy_is_imported_for_help_and_refusals(arguments: list[str], code: int) -> None:

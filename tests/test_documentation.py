@@ -1,4 +1,7 @@
-"""The code that the documentation shows runs and gives what it says."""
+"""The code that the documentation shows runs and gives what it says.
+
+Left out: the figures in the documentation, which benchmarks and whole runs gave.
+"""
 
 import doctest
 import re

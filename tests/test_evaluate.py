@@ -1,4 +1,7 @@
-"""`treegrpo evaluate`: a model beside its base, through the command line."""
+"""Scores and figures, and `treegrpo evaluate` through the command line.
+
+Left out: held-out prompts over several processes (`test_processes.py`).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -26,13 +30,16 @@ from treegrpo import cli
 from treegrpo.config import ModelConfig
 from treegrpo.errors import UserError
 from treegrpo.evaluation import pair
-from treegrpo.evaluation.results import compare
+from treegrpo.evaluation.measure import evaluate
+from treegrpo.evaluation.results import Evaluation, compare
 from treegrpo.evaluation.sampling import sample
 from treegrpo.models.adapters import add_lora
 from treegrpo.models.export import export
 from treegrpo.models.opening import load_policy
 from treegrpo.models.policy import Policy
+from treegrpo.prompts import Prompt
 from treegrpo.report import comparison
+from treegrpo.rewards import load_reward
 
 Run = Callable[..., tuple[int, str, str]]
 REWARD = f"{__name__}:weighted_brightness"
@@ -132,6 +139,56 @@ def test_figures_are_those_of_the_formulas() -> None:
     single = compare(trained[:1], trained[:1], best=2.0)
     assert single.difference == 0 and single.win_rate == 0.5
     assert single.standard_error is single.normalized_score is None
+
+
+def test_the_standard_error_is_over_prompts() -> None:
+    scores = torch.tensor([[1.0, 3.0], [2.0, 4.0], [0.0, 5.0]])
+    whole = Evaluation(("a", "b", "c"), {"x": scores}, (), torch.empty(0), 0.0)
+    assert whole.mean("x") == 2.5
+    assert whole.standard_error("x") == pytest.approx(0.5 / 3**0.5)
+    single = Evaluation(("a",), {"x": scores[:1]}, (), torch.empty(0), 0.0)
+    assert single.standard_error("x") == 0
+
+
+def test_shares_join_to_the_whole(tiny_checkpoint: Path) -> None:
+    policy = load_policy(str(tiny_checkpoint), device=torch.device("cpu"))
+    prompts = [Prompt(text, {"weight": float(i)}) for i, text in enumerate("abc")]
+
+    def evaluated(share: range | None, max_batch: int = 2) -> Evaluation:
+        return evaluate(
+            policy,
+            prompts,
+            {"x": load_reward(REWARD)},
+            images_per_prompt=2,
+            steps=2,
+            seed=1,
+            max_batch=max_batch,
+            keep=[2, 0],
+            share=share,
+        )
+
+    whole, *parts = (evaluated(share) for share in (None, range(1), range(1, 1), range(1, 3)))
+    joined = Evaluation.join(parts)
+    assert joined.prompts == whole.prompts == ("a", "b", "c")
+    assert joined.kept == whole.kept == (0, 2)
+    assert torch.equal(joined.scores["x"], whole.scores["x"])
+    assert torch.equal(joined.images, whole.images)
+    # Nor do the noises depend on how prompts are batched.
+    torch.testing.assert_close(evaluated(None, max_batch=6).scores["x"], whole.scores["x"])
+    brightness = whole.images.mean((2, 3, 4)) * torch.tensor([[0.0], [2.0]])
+    torch.testing.assert_close(whole.scores["x"][[0, 2]], brightness, atol=5e-3, rtol=0)
+
+
+def test_measuring_imports_nothing_that_only_reports_need() -> None:
+    code = """
+import sys
+import treegrpo.evaluation.measure, treegrpo.evaluation.pair
+print({"rich", "PIL", "html", "matplotlib", "treegrpo.report"} & set(sys.modules))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout == "set()\n"
 
 
 def test_a_model_is_exactly_as_good_as_itself(treegrpo: Run, tiny_checkpoint: Path) -> None:

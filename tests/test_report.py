@@ -1,4 +1,11 @@
+"""Pictures, and the model card.
+
+Left out: the page of `treegrpo evaluate` (`test_evaluate.py`).
+"""
+
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -6,9 +13,13 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from torch import Tensor
 
+from treegrpo.config import load_config
+from treegrpo.models.policy import Policy
 from treegrpo.plan import RolloutPlan, tree_grpo
 from treegrpo.report import style
+from treegrpo.report.model_card import write_model_card
 from treegrpo.report.pictures import before_after, image_grid, training_curve
+from treegrpo.report.run import TrainingResult
 from treegrpo.report.tree import advantage_color, draw_forest
 
 
@@ -150,3 +161,36 @@ def test_a_forest_that_does_not_fit_its_plan_is_refused(
     arguments = forest(tree_grpo(3, branching=2, window_size=1), [0, 3])
     with pytest.raises(ValueError, match=f"^{field}"):
         draw_forest(tmp_path / "tree.png", **{**arguments, field: value})  # type: ignore[arg-type]
+
+
+# --- the model card ---
+
+
+def test_the_model_card_says_what_was_before_and_what_after(tmp_path: Path) -> None:
+    result = TrainingResult(
+        folder=tmp_path,
+        before={"composition": 0.25, "composition_accuracy": 0.5},
+        after={"composition": 0.75, "composition_accuracy": 0.875},
+        iterations=7,
+        seconds=900.0,
+        rollout_forwards=1234,
+        update_forwards=56789,
+        interrupted=False,
+    )
+    said = SimpleNamespace(
+        pipeline_name="APipeline", index={}, call_settings=lambda: {"guidance_scale": 2.5}
+    )
+    write_model_card(tmp_path, load_config(None, []), cast(Policy, said), result)
+    card = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert (
+        """
+| reward | before | after |
+|---|---|---|
+| composition | 0.2500 | 0.7500 |
+| composition_accuracy | 0.5000 | 0.8750 |
+"""
+        in card
+    )
+    assert "7 iterations" in card
+    assert "0.25 hours, 1,234 forwards to sample, 56,789 to update" in card
+    assert "(APipeline)" in card and "guidance_scale=2.5" in card

@@ -18,7 +18,6 @@ import toy_rewards
 from diffusers import SD3Transformer2DModel
 
 from treegrpo import checkpoint, cli
-from treegrpo.checkpoint import RunError
 from treegrpo.config import Config, ModelConfig, load_config
 from treegrpo.errors import UserError
 from treegrpo.methods import method_of

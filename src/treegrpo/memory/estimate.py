@@ -374,13 +374,13 @@ class _Run:
             rows_by_step = rows_by_step or [self.method.update_forwards(plan) * share]
             rows = min(settings.micro_batch, max(rows_by_step))
             batches = sum(math.ceil(rows / settings.micro_batch) for rows in rows_by_step)
-            siblings = max((plan.branching[step] for step in plan.stochastic_steps), default=1)
+            siblings = max((plan.branching[step] for step in plan.stochastic_steps), default=0)
             peak = self.measured.update(
                 self.config.model,
+                self.method,
                 rows=rows,
                 siblings=siblings,
                 accumulate=batches > 1,
-                method=self.method,
             )
             device, host = self._for_update(states)
             gradients = min(self.trained, peak)

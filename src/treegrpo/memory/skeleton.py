@@ -28,10 +28,10 @@ from torch.utils.checkpoint import checkpoint
 
 from treegrpo.config import ModelConfig
 from treegrpo.device import parse_device
+from treegrpo.methods import Credit, Method
 from treegrpo.models.opening import load_weights, open_policy
 from treegrpo.models.policy import Policy
 from treegrpo.models.text import PROMPTS_PER_ENCODING, EmbeddingStore
-from treegrpo.objective import losses
 from treegrpo.plan import RolloutPlan
 from treegrpo.rollout import Level, Rollout, rollout
 from treegrpo.transition import Transition
@@ -240,33 +240,38 @@ class Skeleton:
         # What follows, and the draws for it.
         return count.peak - 2 * nodes * children * self.state_bytes
 
-    def update(
-        self, rows: int, siblings: int, *, accumulate: bool, guard: bool, kl_weight: float
-    ) -> int:
+    def update(self, rows: int, siblings: int, *, accumulate: bool, method: Method) -> int:
         """Peak bytes of an update's micro-batch, its gradients included.
 
         Args:
-            rows: nodes of a micro-batch.
-            siblings: children of each.
+            rows: nodes of a micro-batch, or samples where the plan has no edges.
+            siblings: children of each; 0 where there are no edges.
             accumulate: whether gradients of an earlier micro-batch are there already.
+            method: whose losses are taken.
         """
         policy = self.policy
         predict = policy.predictor(policy.encode([""]), self._steps)
         schedule = policy.schedule(self._steps)
-        plan = RolloutPlan(rows, (siblings,), (True,))
+        plan = RolloutPlan(rows, (siblings or 1,), (siblings > 0,))
         with self._mode:
             for parameter in self.trained:
                 parameter.grad = torch.empty_like(parameter) if accumulate else None
             nodes = torch.empty(1, rows, *policy.latent_shape)
-            children = torch.empty(1, rows * siblings, *policy.latent_shape)
-            edges = torch.empty(1, rows * siblings)
-            level = Level(0, _TRANSITION, nodes, children, edges, nodes)
-            forest = Rollout(plan, schedule, children, (level,), 0, "mean")
+            leaves = torch.empty(1, plan.leaves, *policy.latent_shape)
+            numbers = torch.empty(1, plan.leaves)
+            levels = [Level(0, _TRANSITION, nodes, leaves, numbers, nodes)] if siblings else []
+            forest = Rollout(plan, schedule, leaves, tuple(levels), 0, method.reduction)
+            credit = Credit(numbers, (numbers,) * len(levels))
             with self._counting() as count:
-                (loss,) = losses(
-                    predict, forest, [edges], kl_weight=kl_weight, reference=[nodes], guard=guard
-                )
-                loss.backward()  # type: ignore[no-untyped-call]
+                for loss in method.losses(
+                    predict,
+                    forest,
+                    credit,
+                    reference=[nodes] if method.needs_reference else None,
+                    prompts=slice(None),
+                    micro_batch=rows,
+                ):
+                    loss.backward()
         for parameter in self.trained:
             parameter.grad = None
         return count.peak + (total_bytes(self.trained) if accumulate else 0)
@@ -356,8 +361,13 @@ class Measurements:
         same = {"gradient_checkpointing": False, "vae_tiling": False}
         return int(self._once(model.model_copy(update=same), "rollout", **settings))
 
-    def update(self, model: ModelConfig, **settings: Any) -> int:
-        return int(self._once(model.model_copy(update={"vae_tiling": False}), "update", **settings))
+    def update(self, model: ModelConfig, method: Method, **settings: Any) -> int:
+        same = model.model_copy(update={"vae_tiling": False})
+        objective = method.objective.model_dump_json()
+        key = (same.model_dump_json(), type(method), objective, *settings.items())
+        if key not in self._known:
+            self._known[key] = self.skeleton(same).update(method=method, **settings)
+        return int(self._known[key])
 
     def decode(self, model: ModelConfig, **settings: Any) -> Decoding:
         same = {"gradient_checkpointing": False, "lora_rank": 0}

@@ -218,6 +218,9 @@ class Method(ABC):
     ) -> Iterator[Loss]:
         """The losses of one optimizer step, one per micro-batch, whose sum is the objective.
 
+        `treegrpo plan` runs them on tensors without values, so what is computed must not depend on
+        numbers that are read out of a tensor.
+
         Args:
             predict: the policy under training; call it with gradient.
             forest: the iteration's samples.

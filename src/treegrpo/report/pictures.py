@@ -1,4 +1,7 @@
-"""Pictures of a run: samples before and after, a grid of samples, and the training curve."""
+"""Pictures of a run: samples before and after, a grid of samples, and the training curve.
+
+Left out: the picture of a tree (`tree.py`), the page of `treegrpo evaluate` (`comparison.py`).
+"""
 
 from __future__ import annotations
 
@@ -35,6 +38,8 @@ def image_grid(path: Path, prompts: Sequence[str], images: Tensor) -> None:
     """Write a PNG with one row per prompt: its text, then its images.
 
     Args:
+        path: the file; its folder is made.
+        prompts: the rows' texts.
         images: float [prompts, n, 3, H, W] in [0, 1].
 
     Raises:
@@ -64,8 +69,6 @@ def before_after(
     correct_before: Tensor | None = None,
     correct_after: Tensor | None = None,
     *,
-    title: str | None = None,
-    label_before: str = "before training",
     label_after: str = "after training",
     accuracy_before: float | None = None,
     accuracy_after: float | None = None,
@@ -73,10 +76,16 @@ def before_after(
     """Write a PNG with one row per prompt: its text, its images before, its images after.
 
     Args:
-        before, after: float [prompts, n, 3, H, W] in [0, 1].
-        correct_before, correct_after: bool [prompts, n], which images show what their prompt says
-            (a green frame and a check; else a red one and a cross); None: unknown.
-        accuracy_before, accuracy_after: in [0, 1], written in the headers as "47 % right".
+        path: the file; its folder is made.
+        prompts: the rows' texts.
+        before: float [prompts, n, 3, H, W] in [0, 1].
+        after: likewise.
+        correct_before: bool [prompts, n], which images show what their prompt says (a green frame
+            and a check; else a red one and a cross); None: unknown.
+        correct_after: likewise.
+        label_after: what the later images are called.
+        accuracy_before: in [0, 1], written in the header as "47 % right"; None: nothing.
+        accuracy_after: likewise.
 
     Raises:
         ValueError: the shapes do not fit the prompts or one another.
@@ -101,13 +110,11 @@ def before_after(
     row_height = height + _ROW_GAP
     has_accuracy = accuracy_before is not None or accuracy_after is not None
     legend = 0.0 if correct_before is None and correct_after is None else 0.45
-    top = _MARGIN + (0.55 if title else 0.0) + (0.68 if has_accuracy else 0.36)
+    top = _MARGIN + (0.68 if has_accuracy else 0.36)
     bottom = top + len(prompts) * row_height - _ROW_GAP
     figure, axes = style.page(lefts[1] + block_width + _MARGIN, bottom + legend + _MARGIN)
-    if title:
-        style.write(axes, (_MARGIN, _MARGIN + 0.16), title, size=15, bold=True)
     blocks = (
-        (label_before, accuracy_before, before, correct_before),
+        ("before training", accuracy_before, before, correct_before),
         (label_after, accuracy_after, after, correct_after),
     )
     for left, (label, accuracy, images, correct) in zip(lefts, blocks, strict=True):
@@ -230,6 +237,7 @@ def training_curve(
     """Write a PNG with the reward (and accuracy) per iteration, and small panels of health.
 
     Args:
+        path: the file; its folder is made.
         metrics: one mapping per iteration. Read are `iteration`, `reward`, `accuracy`,
             `ratio_min`, `ratio_mean`, `ratio_max`, `clip_fraction`, `gradient_norm`,
             `reward_std_within_group` and `reward_normalized/NAME`; what is missing or not finite is

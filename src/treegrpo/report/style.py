@@ -2,6 +2,8 @@
 
 Figures are made without pyplot, so nothing global changes. Their backgrounds are opaque, so that
 they also read on dark pages.
+
+Left out: what is drawn (`pictures.py`, `tree.py`).
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def save(figure: Figure, path: Path) -> None:
 
 @cache
 def _fonts() -> list[str]:
-    """matplotlib's own font, and installed ones for the letters that it lacks."""
+    """The font of matplotlib, and installed ones for the letters that it lacks."""
     installed = {font.name for font in fontManager.ttflist}
     return ["DejaVu Sans", *(name for name in _OTHER_FONTS if name in installed)]
 
@@ -106,7 +108,7 @@ def write(
 
 
 def pixels(image: Tensor) -> NDArray[np.float32]:
-    """float [3, H, W] in [0, 1] to [H, W, 3], reduced to `LARGEST_IMAGE`."""
+    """An image, float [3, H, W] in [0, 1], to [H, W, 3], reduced to `LARGEST_IMAGE`."""
     image = image.detach().float().cpu().clamp(0, 1)
     factor = LARGEST_IMAGE / max(image.shape[1:])
     if factor < 1:

@@ -3,6 +3,8 @@
 The deterministic prefix that all leaves share is the trunk; from its top the levels are rings of a
 crown, and a node stands at the middle of its leaves, so lines do not cross. Independent roots
 share nothing, so they have no trunk: their first level is the innermost ring.
+
+Left out: the palette and how images are put on a page (`style.py`).
 """
 
 from __future__ import annotations
@@ -67,10 +69,13 @@ def draw_forest(
     """Write a PNG of one prompt's forest.
 
     Args:
+        path: the file; its folder is made.
+        plan: of the forest.
         images: the levels to draw: level t (0..T, T the leaves) to float [widths[t], 3, H, W] in
             [0, 1]. The leaves and at least one other level are needed.
         advantages: every stochastic step to float [widths[step + 1]], one value per edge.
         rewards: float [leaves].
+        prompt: its text.
         sigmas: T + 1 noise levels, from 1 (all noise) down to 0.
 
     Raises:
@@ -333,8 +338,10 @@ def _write_levels(axes: Axes, plan: RolloutPlan, layout: _Layout, sigmas: Sequen
 
 
 def _write_zones(axes: Axes, plan: RolloutPlan, layout: _Layout) -> None:
-    """The names of the window and the tails along the crown's left edge, of the prefix on the left
-    of the trunk."""
+    """The names of the window, the tails and the prefix.
+
+    The first two stand along the crown's left edge, the third on the left of the trunk.
+    """
     _, end = _window_radii(plan, layout)
     angle = math.pi / 2 + layout.half_span
     rotation = math.degrees(angle) - 180
