@@ -48,3 +48,13 @@ def treegrpo(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
     return CommandLine(capsys, monkeypatch)
+
+
+@pytest.fixture
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers on this machine are asked again at once."""
+    from treegrpo.rewards import http
+
+    monkeypatch.setattr(http, "FIRST_WAIT", 0.001)
+    monkeypatch.setattr(http, "LONGEST_WAIT", 0.02)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
