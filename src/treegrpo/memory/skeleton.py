@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from treegrpo.config import ModelConfig
 from treegrpo.device import parse_device
-from treegrpo.methods import Credit, Method
+from treegrpo.methods import Credit, Method, Update
 from treegrpo.models.opening import load_weights, open_policy
 from treegrpo.models.policy import Policy
 from treegrpo.models.text import PROMPTS_PER_ENCODING, EmbeddingStore
@@ -262,15 +262,10 @@ class Skeleton:
             levels = [Level(0, _TRANSITION, nodes, leaves, numbers, nodes)] if siblings else []
             forest = Rollout(plan, schedule, leaves, tuple(levels), 0, method.reduction)
             credit = Credit(numbers, (numbers,) * len(levels))
+            reference = [nodes] if method.needs_reference else None
+            update = Update(forest, credit, reference, slice(None), rows)
             with self._counting() as count:
-                for loss in method.losses(
-                    predict,
-                    forest,
-                    credit,
-                    reference=[nodes] if method.needs_reference else None,
-                    prompts=slice(None),
-                    micro_batch=rows,
-                ):
+                for loss in method.losses(predict, update):
                     loss.backward()
         for parameter in self.trained:
             parameter.grad = None
