@@ -23,10 +23,13 @@ from wiring import Observer, distance, make_files
 
 from treegrpo.config import describe_fields
 from treegrpo.errors import UserError
+from treegrpo.plan import PlanError
 
-# Relative differences. Between the two lies what rounding may do.
+# Relative differences: at least so much is one, and at most so much is rounding.
 DIFFERENT = 1e-3
 ROUNDING = 1e-4
+# AdamW divides by a gradient's size, which makes much of rounding where there is little else.
+ROUNDING_OF_MOVEMENT = 1e-2
 
 # --- contexts ---
 
@@ -41,6 +44,7 @@ COMMON = (
     "train.learning_rate=1e-2",
     "train.learning_rate_schedule=constant",
     "train.warmup_iterations=0",
+    "train.max_grad_norm=1e6",
     "train.ema_decay=null",
     "train.save_every=0",
     "train.micro_batch=64",
@@ -86,13 +90,20 @@ LORA = (*TREE, "model.lora_rank=2")
 KL = (*TREE, "objective.kl_weight=0.5")
 VIDEO = (*TREE, "model.path=$files/videos", "train.iterations=1")
 # The second pass is on a policy that the samples do not come from, so that its ratios are not 1.
-TWO_PASSES = (*TREE, "train.inner_epochs=2", "objective.clip_low=0.3", "objective.clip_high=0.3")
+TWO_PASSES = (
+    *TREE,
+    "train.learning_rate=1e-4",
+    "train.inner_epochs=2",
+    "objective.clip_low=1",
+    "objective.clip_high=1e3",
+)
 TWO_REWARDS = (*TREE, "rewards=[{name: 'wiring:brightness'}, {name: 'wiring:redness'}]")
 LINEAR = (*TREE, "train.learning_rate_schedule=linear")
 
 # --- what a run shows, by subject; wiring.py tells what each name is ---
 
-FIRST = ("first_leaves", "first_log_probs", "first_rewards", "first_evaluations")
+IMAGES = ("first_leaves", "first_rewards", "first_evaluations")
+FIRST = ("first_log_probs", *IMAGES)
 LEARNED = ("gradients", "movement", "exported")
 # All that a run is for.
 RESULTS = (
@@ -153,12 +164,12 @@ def for_each(
 
 
 MODEL = [
-    Row("model.path", "$files/others", changes=("untrained", *FIRST, *LEARNED)),
+    Row("model.path", "$files/others", changes=("untrained", *IMAGES, *LEARNED)),
     Row(
         "model.dtype",
         "bfloat16",
         becomes={"dtype": ["torch.bfloat16"]},
-        changes=("first_leaves", "first_log_probs", "first_evaluations"),
+        changes=IMAGES,
         keeps=("noise", "untrained"),
     ),
     Row("model.device", "meta", refused=r"^model\.device: got 'meta'"),
@@ -174,12 +185,12 @@ MODEL = [
         "6.0",
         GUIDED,
         case="more",
-        changes=(*FIRST, *LEARNED),
+        changes=(*IMAGES, *LEARNED),
         keeps=("noise", "rollout_batches"),
     ),
-    Row("model.negative_prompt", "no 7", GUIDED, changes=(*FIRST, *LEARNED), keeps=("noise",)),
-    Row("model.height", "24", becomes={"image_sizes": [(3, 24, 16)]}, changes=FIRST),
-    Row("model.width", "24", becomes={"image_sizes": [(3, 16, 24)]}, changes=FIRST),
+    Row("model.negative_prompt", "no 7", GUIDED, changes=(*IMAGES, *LEARNED), keeps=("noise",)),
+    Row("model.height", "24", becomes={"image_sizes": [(3, 24, 16)]}, changes=IMAGES),
+    Row("model.width", "24", becomes={"image_sizes": [(3, 16, 24)]}, changes=IMAGES),
     Row("model.frames", "1", VIDEO, changes=("noise", "images_scored", "evaluation_images")),
     Row("model.frames", "5", case="image", refused=r"^model\.frames: got 5; .* makes images"),
     Row(
@@ -421,7 +432,7 @@ OBJECTIVE = [
             changes=("gradients", "clip_fractions", "movement"),
             keeps=("first_gradients", *FIRST),
         )
-        for key, clip_range in (("clip_low", (1e-3, 0.3)), ("clip_high", (0.3, 1e-3)))
+        for key, clip_range in (("clip_low", (1e-3, 1e3)), ("clip_high", (1.0, 1e-3)))
     ),
     Row(
         "objective.log_prob_reduction",
@@ -505,13 +516,13 @@ TRAIN = [
         "train.adam_beta1",
         "0.5",
         changes=("first_moment", "movement"),
-        keeps=(*FIRST, "gradients", "second_moment"),
+        keeps=(*FIRST, "first_gradients"),
     ),
     Row(
         "train.adam_beta2",
         "0.5",
         changes=("second_moment", "movement"),
-        keeps=(*FIRST, "gradients", "first_moment"),
+        keeps=(*FIRST, "first_gradients"),
     ),
     Row(
         "train.max_grad_norm",
@@ -699,7 +710,7 @@ def check(row: Row, observe: Observer) -> None:
     changed = (*row.context, row.override)
     without = observe(row.context)
     if row.refused:
-        with pytest.raises(UserError) as caught:
+        with pytest.raises((UserError, PlanError)) as caught:
             observe(changed)
         assert re.search(row.refused, str(caught.value)), f"{row.name}: refused with {caught.value}"
         return
@@ -714,7 +725,9 @@ def check(row: Row, observe: Observer) -> None:
         )
     for name in row.keeps:
         moved = distance(without[name], seen[name])
-        allowed = ROUNDING if row.rounds else 0.0
+        allowed = 0.0
+        if row.rounds:
+            allowed = ROUNDING_OF_MOVEMENT if name == "movement" else ROUNDING
         assert moved <= allowed, f"{row.override} must not change {name}; it did by {moved:.0e}"
 
 

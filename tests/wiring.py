@@ -66,8 +66,9 @@ _reward_calls: list[RewardCall] = []
 
 
 def _kept(name: str, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
+    """Each color's mean [N, 3], from -0.5 to 0.5: around 0, where rounding is least."""
     _reward_calls.append(RewardCall(name, images, prompts, metadata))
-    return images.mean((2, 3))
+    return (images.double() - 0.5).mean((2, 3))
 
 
 def brightness(images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
@@ -85,7 +86,7 @@ class Power:
         self.power = power
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
-        return _kept("Power", images, prompts, metadata).mean(1) ** self.power
+        return (_kept("Power", images, prompts, metadata).mean(1) + 0.5) ** self.power
 
 
 # --- what the runs read ---
@@ -94,11 +95,13 @@ class Power:
 def make_files(folder: Path) -> None:
     """Checkpoints and prompts: what `$files/` stands for in a configuration of the table."""
     quiet_libraries()
-    sd3.build(folder / "images", t5=False)
-    sd3.build(folder / "others", t5=False)
-    weights = folder / "others" / "transformer" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(weights)
-    save_file({name: 1.2 * tensor for name, tensor in tensors.items()}, weights, {"format": "pt"})
+    for name, scale in (("images", 1.5), ("others", 1.7)):
+        sd3.build(folder / name, t5=False)
+        # Weights as they are initialized would hardly heed the prompt.
+        for part in ("transformer", "text_encoder", "text_encoder_2"):
+            (file,) = (folder / name / part).glob("*.safetensors")
+            weights = {key: scale * weight for key, weight in load_file(file).items()}
+            save_file(weights, file, {"format": "pt"})
     wan.build(folder / "videos")
     for name, first in (("train", 0), ("held_out", 20), ("others", 40)):
         numbers = range(first, first + 12)
@@ -243,6 +246,9 @@ def _spies() -> Iterator[_Seen]:
     def module_to_cpu(module: nn.Module) -> None:
         seen.modules_on_cpu.add(type(module).__name__)
 
+    def compile_network(module: nn.Module) -> None:
+        seen.compiled.append(type(module).__name__)
+
     def save(state: Mapping[str, Any], *others: Any, **settings: Any) -> None:
         seen.saves.append(state["iteration"])
 
@@ -251,13 +257,10 @@ def _spies() -> Iterator[_Seen]:
     with pytest.MonkeyPatch.context() as patch:
         for network_class in (SD3Transformer2DModel, WanTransformer3DModel):
             wrap(network_class, "forward", network)
-            patch.setattr(
-                network_class,
-                "compile_repeated_blocks",
-                lambda module: seen.compiled.append(type(module).__name__),
-            )
         for decoder_class in (AutoencoderKL, AutoencoderKLWan):
             wrap(decoder_class, "decode", decoder)
+        for compile_name in ("compile", "compile_repeated_blocks"):
+            patch.setattr(SD3Transformer2DModel, compile_name, compile_network)
         wrap(Tensor, "cpu", to_cpu)
         wrap(nn.Module, "cpu", module_to_cpu)
         wrap(torch, "save", save)
@@ -335,9 +338,9 @@ def _told(seen: _Seen, folder: Path, run: Path, messages: str) -> Observations:
     ]
     told: Observations = {
         # What is sampled.
-        "prompts": [call.prompts for call in calls["rollout"]],
-        "metadata": [call.metadata for call in calls["rollout"]],
-        "noise": seen.noises["rollout"],
+        "prompts": [text for call in calls["rollout"] for text in call.prompts],
+        "metadata": [one for call in calls["rollout"] for one in call.metadata or ()],
+        "noise": torch.cat(seen.noises["rollout"]),
         "plans": [
             (forest.plan.roots, forest.plan.branching, forest.plan.stochastic) for forest in forests
         ],
@@ -395,8 +398,8 @@ def _told(seen: _Seen, folder: Path, run: Path, messages: str) -> Observations:
         "saved_at": sorted(set(seen.saves)),
         # What is measured and told.
         "evaluations": [_without_times(record) for record in evaluations],
-        "evaluation_prompts": [call.prompts for call in calls["evaluation"]],
-        "evaluation_noise": seen.noises["evaluation"],
+        "evaluation_prompts": [text for call in calls["evaluation"] for text in call.prompts],
+        "evaluation_noise": torch.cat(seen.noises["evaluation"]),
         "evaluation_images": [len(call.images) for call in calls["evaluation"]],
         "evaluated_at": [record["iteration"] for record in evaluations],
         "metrics_names": sorted({name for record in metrics for name in record}),
