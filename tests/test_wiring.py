@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -402,7 +403,10 @@ ROLLOUT = [
 ]
 
 NORMALIZED = {"tree": TREE, "flow": FLOW}
-BACKED_UP = {"changes": ("advantages", "first_gradients"), "keeps": ("noise", *FIRST)}
+BACKED_UP: dict[str, Any] = {
+    "changes": ("advantages", "first_gradients"),
+    "keeps": ("noise", *FIRST),
+}
 ADVANTAGE = [
     Row("advantage.backup", "uniform", case="uniform", **BACKED_UP),
     Row("advantage.backup", "sibling", case="sibling", **BACKED_UP),
@@ -731,16 +735,22 @@ def check(row: Row, observe: Observer) -> None:
         assert moved <= allowed, f"{row.override} must not change {name}; it did by {moved:.0e}"
 
 
+@contextmanager
+def quick_collections() -> Iterator[None]:
+    """A run collects garbage; what was there before it need not be looked at each time."""
+    torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def observe(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observer]:
     folder = tmp_path_factory.mktemp("wiring")
     make_files(folder)
-    torch.set_num_threads(1)
-    # A run collects garbage; what is here before it need not be looked at each time.
-    gc.collect()
-    gc.freeze()
-    yield Observer(folder, folder / "runs")
-    gc.unfreeze()
+    with quick_collections():
+        yield Observer(folder, folder / "runs")
 
 
 def test_every_key_has_a_row_and_every_row_a_key() -> None:

@@ -42,6 +42,7 @@ import treegrpo.rollout
 from treegrpo import checkpoint
 from treegrpo.config import Config, load_config
 from treegrpo.models.policy import quiet_libraries
+from treegrpo.report.run import TrainingResult
 from treegrpo.rollout import Rollout
 from treegrpo.trainer import train
 
@@ -287,10 +288,13 @@ class Observer:
     Args:
         files: from `make_files`.
         runs: a folder, in which each run gets an empty one of its own to work in.
+        train: what is looked at.
     """
 
-    def __init__(self, files: Path, runs: Path) -> None:
-        self._files, self._runs = files, runs
+    def __init__(
+        self, files: Path, runs: Path, train: Callable[[Config], TrainingResult] = train
+    ) -> None:
+        self._files, self._runs, self._train = files, runs, train
         self._numbers = itertools.count()
         self._known: dict[tuple[str, ...], Observations] = {}
 
@@ -317,7 +321,7 @@ class Observer:
         try:
             with _spies() as seen, redirect_stdout(messages):
                 config = self.configure(overrides)
-                result = train(config)
+                result = self._train(config)
         finally:
             os.chdir(before)
         return _told(seen, folder, folder / result.folder, messages.getvalue())
@@ -405,7 +409,10 @@ def _told(seen: _Seen, folder: Path, run: Path, messages: str) -> Observations:
         "metrics_names": sorted({name for record in metrics for name in record}),
         "accuracy": [record.get("accuracy") for record in metrics],
         "files": sorted(
-            str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
+            # TensorBoard's are named after the second and the process.
+            re.sub(r"(tfevents).*", r"\1", str(path.relative_to(folder)))
+            for path in folder.rglob("*")
+            if path.is_file()
         ),
         "messages": re.sub(r"\d+", "N", messages),
     }
