@@ -32,7 +32,6 @@ from wiring import Observer, make_files, train
 from treegrpo.config import Config
 from treegrpo.report.run import TrainingResult
 
-
 WITHOUT_DEFAULT = "wiring:brightness"  # a reward's name
 
 

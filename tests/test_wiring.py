@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from pytest import approx
 from wiring import Observer, distance, make_files
 
@@ -99,7 +100,9 @@ TWO_PASSES = (
     "objective.clip_high=1e3",
 )
 TWO_REWARDS = (*TREE, "rewards=[{name: 'wiring:brightness'}, {name: 'wiring:redness'}]")
-LINEAR = (*TREE, "train.learning_rate_schedule=linear")
+# Embeddings of the prompts that will be drawn, the held-out ones and the negative one.
+STORED = (*TREE, "model.embedding_cache=embeddings")
+LINEAR = (*STORED, "train.learning_rate_schedule=linear")
 
 # --- what a run shows, by subject; wiring.py tells what each name is ---
 
@@ -108,7 +111,7 @@ FIRST = ("first_log_probs", *IMAGES)
 LEARNED = ("gradients", "movement", "exported")
 # All that a run is for.
 RESULTS = (
-    *("prompts", "noise", "plans", "schedule", "transitions", "leaves", "log_probs", "rewards"),
+    *("prompts", "noise", "plans", "sigmas", "transitions", "leaves", "log_probs", "rewards"),
     *("advantages", "gradients", "movement", "evaluations", "learning_rates", "metrics_names"),
 )
 
@@ -166,12 +169,13 @@ def for_each(
 
 MODEL = [
     Row("model.path", "$files/others", changes=("untrained", *IMAGES, *LEARNED)),
+    Row("model.path", "$files/others", LORA, case="of LoRA weights", changes=("sampling",)),
     Row(
         "model.dtype",
         "bfloat16",
         becomes={"dtype": ["torch.bfloat16"]},
         changes=IMAGES,
-        keeps=("noise", "untrained"),
+        keeps=("noise", "untrained", "weight_dtypes"),
     ),
     Row("model.device", "meta", refused=r"^model\.device: got 'meta'"),
     Row(
@@ -186,21 +190,35 @@ MODEL = [
         "6.0",
         GUIDED,
         case="more",
-        changes=(*IMAGES, *LEARNED),
+        changes=("sampling", *IMAGES, *LEARNED),
         keeps=("noise", "rollout_batches"),
     ),
-    Row("model.negative_prompt", "no 7", GUIDED, changes=(*IMAGES, *LEARNED), keeps=("noise",)),
-    Row("model.height", "24", becomes={"image_sizes": [(3, 24, 16)]}, changes=IMAGES),
-    Row("model.width", "24", becomes={"image_sizes": [(3, 16, 24)]}, changes=IMAGES),
-    Row("model.frames", "1", VIDEO, changes=("noise", "images_scored", "evaluation_images")),
+    Row(
+        "model.negative_prompt",
+        "no 7",
+        GUIDED,
+        changes=("sampling", *IMAGES, *LEARNED),
+        keeps=("noise",),
+    ),
+    Row(
+        "model.height", "24", becomes={"image_sizes": [(3, 24, 16)]}, changes=("sampling", *IMAGES)
+    ),
+    Row("model.width", "24", becomes={"image_sizes": [(3, 16, 24)]}, changes=("sampling", *IMAGES)),
+    Row(
+        "model.frames",
+        "1",
+        VIDEO,
+        becomes={"images_scored": [2 * 4], "evaluation_images": [2, 2]},
+        changes=("noise", "sampling"),
+    ),
     Row("model.frames", "5", case="image", refused=r"^model\.frames: got 5; .* makes images"),
     Row(
         "model.max_sequence_length",
         "8",
-        changes=("conditioning", "first_leaves", "first_evaluations", "gradients"),
+        changes=("conditioning", "sampling", "first_leaves", "first_evaluations", "gradients"),
         keeps=("noise",),
     ),
-    time_and_memory_only("model.embedding_cache", "embeddings_here", changes=("files",)),
+    time_and_memory_only("model.embedding_cache", "embeddings", changes=("files", "embeddings")),
     time_and_memory_only("model.gradient_checkpointing", "true", becomes={"checkpointing": [True]}),
     time_and_memory_only("model.compile", "true", becomes={"compiled": ["SD3Transformer2DModel"]}),
     time_and_memory_only(
@@ -215,6 +233,12 @@ MODEL = [
         case="no choice",
         refused=r"^model\.attention_backend: got 'native'; the transformer of .* has no choice",
     ),
+    Row(
+        "model.attention_backend",
+        "quick",
+        case="unknown",
+        refused=r"^model\.attention_backend: got 'quick'; must be one of",
+    ),
     time_and_memory_only("model.vae_tiling", "true", becomes={"tiling": [True]}),
     Row(
         "model.lora_rank",
@@ -224,6 +248,14 @@ MODEL = [
         keeps=("noise", *FIRST),
     ),
     Row("model.lora_rank", "3", LORA, case="more", changes=("trained", *LEARNED), keeps=FIRST),
+    Row(
+        "model.lora_rank",
+        "2",
+        (*TREE, "model.dtype=bfloat16"),
+        case="bfloat16",
+        becomes={"weight_dtypes": [("torch.bfloat16", "torch.float32")]},
+    ),
+    Row("model.lora_alpha", "4.0", LORA, case="by default", keeps=RESULTS),
     Row(
         "model.lora_alpha",
         "16.0",
@@ -241,6 +273,10 @@ MODEL = [
 ]
 
 T, F = True, False
+# The checkpoint's, for four steps.
+SCHEDULER = FlowMatchEulerDiscreteScheduler(shift=3.0)
+SCHEDULER.set_timesteps(4)
+TIMESTEPS = SCHEDULER.timesteps.tolist()
 
 
 def plans(roots: int, branching: tuple[int, ...], stochastic: tuple[bool, ...]) -> dict[str, Any]:
@@ -293,10 +329,19 @@ ROLLOUT = [
     Row(
         "rollout.steps",
         "4",
-        becomes=plans(1, (2, 2, 1, 1), (T, T, F, F)),
-        changes=("schedule", "first_leaves", "first_evaluations", "evaluation_batches"),
+        KL,
+        becomes={
+            **plans(1, (2, 2, 1, 1), (T, T, F, F)),
+            "sigmas": approx(SCHEDULER.sigmas.tolist()),
+            "rollout_timesteps": approx(TIMESTEPS),
+            "evaluation_timesteps": approx(TIMESTEPS),
+            "update_timesteps": approx(TIMESTEPS[:2]),
+            "reference_timesteps": approx(TIMESTEPS[:2]),
+        },
+        changes=("first_leaves", "first_evaluations", "sampling"),
         keeps=("prompts", "noise"),
     ),
+    *for_each(SHIFTING, "rollout.steps", "2", becomes={"window": [0, 0]}),
     Row("rollout.trees", "2", becomes=plans(2, (2, 2, 1), (T, T, F)), changes=("noise",)),
     *for_each(
         {"tree": TREE},
@@ -322,6 +367,12 @@ ROLLOUT = [
     *for_each({"dance": DANCE}, "rollout.group_size", "2", becomes=plans(1, (2, 1, 1), (T, T, T))),
     *for_each({"tree": TREE}, "rollout.window_size", "1", becomes=plans(1, (2, 1, 1), (T, F, F))),
     *for_each({"mix": MIX}, "rollout.window_size", "1", becomes=plans(3, (1, 1, 1), (T, F, F))),
+    *for_each(
+        {f"{name} shifting": context for name, context in SHIFTING.items()},
+        "rollout.window_size",
+        "4",
+        becomes={"window": [0, 0]},
+    ),
     *for_each(MOVING, "rollout.window_schedule", "random", changes=("window",)),
     *for_each(MOVING, "rollout.window_start", "1", becomes={"window": [1, 1]}),
     *for_each(RANDOM, "rollout.window_decay", "1e-3", becomes={"window": [0, 0]}),
@@ -358,14 +409,14 @@ ROLLOUT = [
         "rollout.transition",
         "dance_sde",
         changes=("transitions", "first_leaves", "first_log_probs", "gradients"),
-        keeps=("noise", "plans", "schedule", "first_evaluations"),
+        keeps=("noise", "plans", "sigmas", "first_evaluations"),
     ),
     *for_each(
         METHODS,
         "rollout.noise_level",
         "0.3",
         changes=("transitions", "first_leaves", "first_log_probs", "gradients"),
-        keeps=("noise", "plans", "schedule", "first_evaluations"),
+        keeps=("noise", "plans", "sigmas", "first_evaluations"),
     ),
     Row(
         "rollout.max_leaves",
@@ -396,7 +447,8 @@ ROLLOUT = [
     Row(
         "rollout.prompts_per_iteration",
         "3",
-        becomes={"images_scored": [12, 12]},
+        STORED,
+        becomes={"images_scored": [12, 12], "drawn": 6, "embeddings": 6 + 2 + 1},
         changes=("prompts", "noise", "gradients"),
         keeps=("first_evaluations",),
     ),
@@ -448,6 +500,7 @@ OBJECTIVE = [
         "objective.kl_weight",
         "0.5",
         case="on",
+        becomes={"networks": 2},
         changes=("reference_batches", "kl", "gradients", "movement"),
         keeps=FIRST,
     ),
@@ -457,7 +510,7 @@ OBJECTIVE = [
         LORA,
         case="LoRA",
         changes=("reference_batches", "kl", "gradients", "movement"),
-        keeps=FIRST,
+        keeps=("networks", *FIRST),
     ),
     Row(
         "objective.kl_weight",
@@ -471,7 +524,7 @@ OBJECTIVE = [
         "objective.reference_on_cpu",
         "true",
         KL,
-        becomes={"modules_on_cpu": ["SD3Transformer2DModel"]},
+        becomes={"modules_on_cpu": ["SD3Transformer2DModel"] * 3},  # at first, and when it was used
     ),
     Row(
         "objective.guard",
@@ -486,7 +539,12 @@ TRAIN = [
         "train.iterations",
         "3",
         LINEAR,
-        becomes={"iterations": 3, "learning_rates": approx([1e-2, 2e-2 / 3, 1e-2 / 3])},
+        becomes={
+            "iterations": 3,
+            "learning_rates": approx([1e-2, 2e-2 / 3, 1e-2 / 3]),
+            "progress": [("1", "3"), ("3", "3")],
+            "embeddings": 6 + 2 + 1,
+        },
         keeps=(*FIRST, "first_gradients"),
     ),
     Row(
@@ -614,6 +672,14 @@ REWARDS = [
         reward=1,
         changes=("advantages", *LEARNED),
         keeps=(*FIRST, "rewards_asked", "metrics_names"),
+    ),
+    Row(
+        "rewards.N.weight",
+        "0.0",
+        TWO_REWARDS,
+        case="first",
+        changes=("rewards", "advantages", *LEARNED),
+        keeps=("rewards_asked", "metrics_names", "first_evaluations"),
     ),
     Row(
         "rewards.N.label",
@@ -757,7 +823,7 @@ def test_every_key_has_a_row_and_every_row_a_key() -> None:
     assert {row.key for row in ROWS} == KEYS
     names = [row.name for row in ROWS]
     assert len(set(names)) == len(names)
-    assert all(row.changes or row.becomes or row.refused for row in ROWS)
+    assert all(row.changes or row.becomes or row.keeps or row.refused for row in ROWS)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

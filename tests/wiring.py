@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import json
 import os
 import re
 import sys
@@ -44,7 +45,7 @@ from treegrpo.config import Config, load_config
 from treegrpo.models.policy import quiet_libraries
 from treegrpo.report.run import TrainingResult
 from treegrpo.rollout import Rollout
-from treegrpo.trainer import train
+from treegrpo.trainer import train as train
 
 # By name, what a run showed: numbers, tensors, texts, and lists and dicts of them.
 Observations = dict[str, Any]
@@ -138,7 +139,7 @@ class _Seen:
     initial: list[Tensor] = field(default_factory=list)
     on_cpu: list[Tensor] = field(default_factory=list)
     offloaded: set[tuple[str, str, bool]] = field(default_factory=set)
-    modules_on_cpu: set[str] = field(default_factory=set)
+    modules_on_cpu: list[str] = field(default_factory=list)
     compiled: list[str] = field(default_factory=list)
     saves: list[int] = field(default_factory=list)
 
@@ -190,7 +191,9 @@ def _spies() -> Iterator[_Seen]:
         backends = {getattr(one, "_attention_backend", None) for one in processors if one}
         seen.network.append(
             {
+                "networks": id(module),
                 "device": str(hidden_states.device),
+                "weight_dtypes": tuple(sorted({str(p.dtype) for p in module.parameters()})),
                 "dtype": str(torch.get_autocast_dtype("cpu"))
                 if torch.is_autocast_enabled("cpu")
                 else "torch.float32",
@@ -245,7 +248,7 @@ def _spies() -> Iterator[_Seen]:
         seen.on_cpu.append(tensor)
 
     def module_to_cpu(module: nn.Module) -> None:
-        seen.modules_on_cpu.add(type(module).__name__)
+        seen.modules_on_cpu.append(type(module).__name__)
 
     def compile_network(module: nn.Module) -> None:
         seen.compiled.append(type(module).__name__)
@@ -349,7 +352,7 @@ def _told(seen: _Seen, folder: Path, run: Path, messages: str) -> Observations:
             (forest.plan.roots, forest.plan.branching, forest.plan.stochastic) for forest in forests
         ],
         "window": [int(record["window_start"]) for record in metrics],
-        "schedule": list(dict.fromkeys(seen.timesteps["rollout"])),
+        "sigmas": forests[0].schedule.sigma,
         "transitions": [
             (level.step, level.transition.noise_weight, level.transition.std)
             for forest in forests
@@ -391,14 +394,17 @@ def _told(seen: _Seen, folder: Path, run: Path, messages: str) -> Observations:
         "rollouts": len(seen.noises["rollout"]),
         **{
             name: sorted({call[name] for call in seen.network})
-            for name in ("device", "dtype", "checkpointing", "attention_backends")
+            for name in ("dtype", "weight_dtypes", "checkpointing", "attention_backends")
         },
+        "networks": len({call["networks"] for call in seen.network}),
         "tiling": sorted(seen.tiling),
         "offloaded": sorted(
             name for phase, name, yes in seen.offloaded if phase == "rollout" and yes
         ),
-        "modules_on_cpu": sorted(seen.modules_on_cpu),
+        "modules_on_cpu": seen.modules_on_cpu,
         "compiled": seen.compiled,
+        "drawn": state["sampler"]["position"],
+        "embeddings": len(list((folder / "embeddings").rglob("*.safetensors"))),
         "saved_at": sorted(set(seen.saves)),
         # What is measured and told.
         "evaluations": [_without_times(record) for record in evaluations],
@@ -414,12 +420,15 @@ def _told(seen: _Seen, folder: Path, run: Path, messages: str) -> Observations:
             for path in folder.rglob("*")
             if path.is_file()
         ),
+        "sampling": json.loads((run / checkpoint.MODEL_FOLDER / "sampling.json").read_text()),
+        "progress": re.findall(r"^iteration (\d+)/(\d+)", messages, re.MULTILINE),
         "messages": re.sub(r"\d+", "N", messages),
     }
     # Of the first iteration: before any weight has moved.
     for name in ("leaves", "log_probs", "gradients", "rewards", "evaluations", "gradient_norms"):
         told[f"first_{name}"] = told[name][:1]
     for name in ("rollout", "update", "reference", "evaluation"):
+        told[f"{name}_timesteps"] = list(dict.fromkeys(seen.timesteps.get(name, [])))
         told[f"{name}_largest"] = max(told[f"{name}_batches"], default=0)
     for name in ("rollout", "evaluation"):
         told[f"{name}_decode_largest"] = max(told[f"{name}_decodes"])
