@@ -54,8 +54,8 @@ def model(x: Tensor, timestep: float) -> Tensor:
 
 
 # The scheduler, its settings, and what makes a first-order solver of it in diffusers.
-DDIM = ("DDIMScheduler", {})
-EULER = ("EulerDiscreteScheduler", {})
+DDIM: tuple[str, dict[str, Any]] = ("DDIMScheduler", {})
+EULER: tuple[str, dict[str, Any]] = ("EulerDiscreteScheduler", {})
 SAME = ("", {"solver_order": 1})
 SCHEDULERS = [
     ("DDIMScheduler", {**BETAS, "clip_sample": True}, None),
