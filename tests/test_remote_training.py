@@ -207,7 +207,7 @@ def test_a_run_whose_server_is_gone_can_go_on_later(
     server: Server, expected: Path, tmp_path: Path, treegrpo: Callable[..., None]
 ) -> None:
     server.serve_until_it_dies()
-    arguments = ["train", *settings_of(tmp_path / "run", server.url, give_up_after_seconds=1)]
+    arguments = ["train", *settings_of(tmp_path / "run", server.url, give_up_after_seconds=0.3)]
     ended = subprocess.run(
         [sys.executable, "-m", "treegrpo", *arguments], capture_output=True, text=True
     )
