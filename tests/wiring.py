@@ -45,7 +45,7 @@ from treegrpo.config import Config, load_config
 from treegrpo.models.policy import quiet_libraries
 from treegrpo.report.run import TrainingResult
 from treegrpo.rollout import Rollout
-from treegrpo.trainer import train as train
+from treegrpo.training.loop import train
 
 # By name, what a run showed: numbers, tensors, texts, and lists and dicts of them.
 Observations = dict[str, Any]
