@@ -199,6 +199,12 @@ def test_an_unknown_method_is_refused_with_the_nearest() -> None:
     assert message.startswith('rollout.method: got "flow_gpro"; must be one of tree_grpo, ')
     assert "(did you mean flow_grpo?)" in message
     assert "rollout.method: got" in refused("rollout.method=json:loads")
+    # Keys of a method that cannot be found are not told as unknown.
+    alone = refused("rollout.method=no_such_module:Mine", "rollout.mine=3", "train.sed=1")
+    assert [line.split(":")[0].strip() for line in alone.splitlines()[1:]] == [
+        "rollout.method",
+        "train.sed",
+    ]
 
 
 def test_an_astronomical_tree_is_refused_without_computing_it() -> None:

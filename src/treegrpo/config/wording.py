@@ -18,6 +18,8 @@ from treegrpo.errors import UserError
 from treegrpo.methods.registry import BUILT_IN
 from treegrpo.settings import section_of, shown
 
+METHOD_SECTIONS = ("rollout", "advantage", "objective")
+
 
 class ConfigError(UserError):
     """The configuration cannot be used; the message lists every problem, one per line."""
@@ -84,12 +86,13 @@ def in_words(errors: Sequence[ErrorDetails], config: type[Config]) -> list[str]:
         errors: of pydantic.
         config: what was validated.
     """
-    no_method = any(error["loc"] == ("rollout", "method") for error in errors)
+    missing = next((e["input"] for e in errors if e["loc"] == ("rollout", "method")), "")
     lines = []
     for error in errors:
-        key = ".".join(map(str, error["loc"]))
-        if no_method and error["type"] == "extra_forbidden" and methods_with(key):
-            continue  # it may well be a key of the method that was meant
+        if missing and error["type"] == "extra_forbidden" and error["loc"][0] in METHOD_SECTIONS:
+            # It may well be a key of the method that was meant.
+            if ":" in str(missing) or methods_with(".".join(map(str, error["loc"]))):
+                continue
         lines.append(_line(error, config))
     return lines
 
