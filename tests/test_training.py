@@ -596,6 +596,19 @@ def test_a_run_that_would_not_fit_is_refused_first(
     assert not (config.output / "metrics.jsonl").exists()
 
 
+@pytest.mark.parametrize("average", ["null", "0.5"])
+def test_what_a_checkpoint_takes_is_known_before(
+    configure: Callable[..., Config], average: str
+) -> None:
+    config = configure(f"train.ema_decay={average}")
+    run, _ = iterated(config, 1)  # from then on the optimizer has moments
+    config.output.mkdir()
+    run.save()
+    # Beside the tensors, a file says what they are.
+    written = (config.output / STATE_FILE).stat().st_size
+    assert 0.7 * written < run.learner.state_bytes() < written
+
+
 def test_a_full_disk_leaves_the_earlier_checkpoint(
     configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,15 +86,15 @@ def in_words(errors: Sequence[ErrorDetails], config: type[Config]) -> list[str]:
         errors: of pydantic.
         config: what was validated.
     """
-    missing = next((e["input"] for e in errors if e["loc"] == ("rollout", "method")), "")
-    lines = []
-    for error in errors:
-        if missing and error["type"] == "extra_forbidden" and error["loc"][0] in METHOD_SECTIONS:
-            # It may well be a key of the method that was meant.
-            if ":" in str(missing) or methods_with(".".join(map(str, error["loc"]))):
-                continue
-        lines.append(_line(error, config))
-    return lines
+    missing = next((str(e["input"]) for e in errors if e["loc"] == ("rollout", "method")), "")
+
+    def may_be_meant(error: ErrorDetails) -> bool:
+        """Whether it is about a key that the method which is not found may well have."""
+        key = ".".join(map(str, error["loc"]))
+        is_unknown = error["type"] == "extra_forbidden" and error["loc"][0] in METHOD_SECTIONS
+        return bool(missing) and is_unknown and (":" in missing or bool(methods_with(key)))
+
+    return [_line(error, config) for error in errors if not may_be_meant(error)]
 
 
 def _line(details: ErrorDetails, config: type[Config]) -> str:
