@@ -477,7 +477,8 @@ def test_a_gradient_that_is_not_finite_is_not_followed(configure: Callable[..., 
     run = build(configure())
     before = weights_of(run)
     run.progress.iteration = 1  # where nobody looks at the first ratio
-    run.policy.network.proj_out.register_forward_hook(
+    network: Any = run.policy.network
+    network.proj_out.register_forward_hook(
         lambda module, inputs, output: output * torch.nan if torch.is_grad_enabled() else output
     )
     with pytest.raises(UserError, match="the gradient of iteration 1 is not finite"):
