@@ -678,7 +678,7 @@ REWARDS = [
         "0.0",
         TWO_REWARDS,
         case="first",
-        changes=("rewards", "advantages", *LEARNED),
+        changes=("first_rewards", "advantages", *LEARNED),
         keeps=("rewards_asked", "metrics_names", "first_evaluations"),
     ),
     Row(
