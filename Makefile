@@ -1,6 +1,6 @@
 # make setup            the virtual environment, with the exact versions of constraints.txt
 # make train ARGS=...   treegrpo train ARGS; without ARGS, the miniature job
-# make check            format, lint, types, tests of the algorithm and the configuration: half a minute
+# make check            format, lint, types, tests of the algorithm and the configuration
 # make test             format, lint, types, all tests, on WORKERS processes
 # make bench ARGS=...   every benchmark; ARGS=--quick for a minute each
 
@@ -41,7 +41,7 @@ check: lint
 	$(BIN)/pytest -q $(QUICK_TESTS)
 
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 bench: $(STAMP)
 	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark $(ARGS) || exit 1; done
