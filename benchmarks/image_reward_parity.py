@@ -14,6 +14,8 @@ bert-base-uncased's vocab.txt; what it lacks is made up: random weights, saved b
 classes in full size, and a vocabulary of the prompts' letters and words. `--quick` compares two
 narrow layers instead and prints the scores that tests/test_image_reward.py holds. The last line is
 one JSON object.
+
+Left out: the other reward models (`reward_parity.py`).
 """
 
 from __future__ import annotations

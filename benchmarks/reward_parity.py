@@ -16,6 +16,8 @@ and get an environment of their own, whose interpreter is PYTHON:
 Pillow is ours: another version resizes a little differently (13.0 moves `aesthetic` by 2e-4). hpsv2
 pins versions that nothing here needs, and its wheel lacks that file. A reward whose original is not
 installed, as all are without --originals, is reported as such. The last line is one JSON object.
+
+Left out: ImageReward (`image_reward_parity.py`).
 """
 
 from __future__ import annotations

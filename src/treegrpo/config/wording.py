@@ -26,8 +26,10 @@ class ConfigError(UserError):
 
 
 def describe_fields() -> Iterator[tuple[str, str, str]]:
-    """(key, default as YAML, sentence with the choices) of every field of every built-in method, in
-    order; where only some methods have a field, its sentence ends with their names."""
+    """(key, default as YAML, sentence with the choices) of every field, in order.
+
+    Those of all built-in methods; where only some have a field, its sentence ends with their names.
+    """
     for key, (default, sentence) in _fields(Config).items():
         section = key.partition(".")[0]
         yield key, default, _with_methods(key, sentence)

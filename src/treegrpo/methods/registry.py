@@ -1,6 +1,8 @@
 """Methods by name: built in, or `module:Class` of the user's own.
 
 Imports a method only when it is asked for. docs/methods.md is the guide to adding one.
+
+Left out: the methods themselves (`trees.py`, `flat.py`).
 """
 
 from __future__ import annotations

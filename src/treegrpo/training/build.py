@@ -75,8 +75,9 @@ class Run:
     _saved: dict[str, Any] | None = None
 
     def measure(self) -> Evaluation:
-        """The current policy (its average, if one is kept) on the held-out prompts, of which each
-        process takes a share.
+        """The current policy (its average, if one is kept) on the held-out prompts.
+
+        Each process takes a share of them.
 
         Raises:
             RewardError: a reward failed, here or on another process.
