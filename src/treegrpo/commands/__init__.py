@@ -1,4 +1,5 @@
-"""The commands, one file each: they refuse what cannot run, then import what is heavy and work.
+"""The commands, one file each: a function whose signature is the command's options and whose
+docstring is its help. It refuses what cannot run, then imports what is heavy and works.
 
-Left out: options, help and exit codes (`cli.py`).
+Left out: the app and its exit codes (`cli.py`).
 """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from treegrpo.evaluation.results import Evaluation
-from treegrpo.evaluation.sampling import sample_in_parts
+from treegrpo.evaluation.sampling import Draws, prompts_noises, sample
 from treegrpo.images import as_pictures, middle_frames
 from treegrpo.models.policy import Policy
 from treegrpo.prompts import Prompt
@@ -44,114 +44,70 @@ def sample_and_score(
     policy: Policy,
     prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward],
+    draws: Draws,
     *,
-    images_per_prompt: int,
-    steps: int,
-    seed: int,
-    max_batch: int,
-    decode_batch: int | None = None,
-    keep_folder: Path | None = None,
-    frames: Mapping[str, int] | None = None,
     share: range | None = None,
+    frames: Mapping[str, int] | None = None,
+    keep_folder: Path | None = None,
     failures: dict[str, str] | None = None,
 ) -> Iterator[Scored]:
-    """Images of the prompts, batch by batch, each with its scores.
+    """Images of the prompts in their order, as many at a time as `draws.max_batch` allows, with
+    their scores.
+
+    The noises depend on `draws` and on a prompt's place, not on the model or on `share`.
 
     Args:
         policy: with its weights.
-        prompts: all of them.
-        rewards: by name.
-        images_per_prompt: as in `sample`.
-        steps: as in `sample`.
-        seed: of the noises; the same one gives every model the same noises.
-        max_batch: as in `sample`.
-        decode_batch: as in `sample`.
-        keep_folder: where a failing reward leaves its images.
-        frames: by reward, how many of a video's it is asked about; `FRAMES` if not given.
         share: only these consecutive prompts; None: all.
+        frames: by reward, how many of a video's it is asked about; `FRAMES` if not given.
+        keep_folder: where a failing reward leaves its images.
         failures: where a reward that fails is noted; it is not asked again. None: it is raised.
-
-    Yields:
-        What was sampled and scored, in the order of the prompts; without the rewards that failed.
 
     Raises:
         RewardError: a reward failed, and `failures` is None.
     """
-    for indices, images in sample_in_parts(
-        policy,
-        [prompt.text for prompt in prompts],
-        images_per_prompt=images_per_prompt,
-        steps=steps,
-        seed=seed,
-        max_batch=max_batch,
-        decode_batch=decode_batch,
-        share=share,
-    ):
+    share = range(len(prompts)) if share is None else share
+    count, noises = draws.images_per_prompt, prompts_noises(policy, draws)
+    for _ in range(share.start):
+        next(noises)  # the other prompts'
+    size = max(1, draws.max_batch // count)
+    for start in range(share.start, share.stop, size):
+        indices = range(start, min(start + size, share.stop))
         part = [prompts[index] for index in indices]
-        yield Scored(
-            indices, images, _scores(images, part, rewards, keep_folder, frames or {}, failures)
-        )
-
-
-def _scores(
-    images: Tensor,
-    prompts: Sequence[Prompt],
-    rewards: Mapping[str, Reward],
-    keep_folder: Path | None,
-    frames: Mapping[str, int],
-    failures: dict[str, str] | None,
-) -> dict[str, Tensor]:
-    """What each reward says of a batch, as in `Scored`."""
-    count = images.shape[1]
-    repeated = [prompt for prompt in prompts for _ in range(count)]
-    texts = [prompt.text for prompt in repeated]
-    pictures, scores = as_pictures(images.flatten(0, 1)), {}
-    for name, reward in rewards.items():
-        if failures is not None and name in failures:
-            continue
-        metadata = [dict(prompt.metadata) for prompt in repeated]
-        asked = frames.get(name, FRAMES)
-        try:
-            values = score(name, reward, pictures, texts, metadata, keep_folder, asked)
-        except RewardError as error:
-            if failures is None:
-                raise
-            failures[name] = str(error)
-        else:
-            scores[name] = values.view(len(prompts), count).cpu()
-    return scores
+        images = sample(policy, [prompt.text for prompt in part], draws, noises)
+        texts = [prompt.text for prompt in part for _ in range(count)]
+        pictures, scores = as_pictures(images.flatten(0, 1)), {}
+        for name, reward in rewards.items():
+            if failures is not None and name in failures:
+                continue
+            metadata = [dict(prompt.metadata) for prompt in part for _ in range(count)]
+            asked = (frames or {}).get(name, FRAMES)
+            try:
+                values = score(name, reward, pictures, texts, metadata, keep_folder, asked)
+            except RewardError as error:
+                if failures is None:
+                    raise
+                failures[name] = str(error)
+            else:
+                scores[name] = values.view(len(part), count).cpu()
+        yield Scored(indices, images, scores)
 
 
 def evaluate(
     policy: Policy,
     prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward],
+    draws: Draws,
     *,
-    images_per_prompt: int,
-    steps: int,
-    seed: int,
-    max_batch: int,
-    decode_batch: int | None = None,
-    keep: Sequence[int] = (),
-    keep_folder: Path | None = None,
-    frames: Mapping[str, int] | None = None,
     share: range | None = None,
+    keep: Sequence[int] = (),
+    frames: Mapping[str, int] | None = None,
+    keep_folder: Path | None = None,
 ) -> Evaluation:
-    """Score a model on prompts.
+    """Score a model on prompts by `sample_and_score`; of a share, a part for `Evaluation.join`.
 
     Args:
-        policy: with its weights.
-        prompts: all of them.
-        rewards: by name.
-        images_per_prompt: as in `sample`.
-        steps: as in `sample`.
-        seed: of the noises; the same one gives every model the same noises.
-        max_batch: as in `sample`.
-        decode_batch: as in `sample`.
         keep: indices of prompts whose images are kept.
-        keep_folder: where a failing reward leaves its images.
-        frames: by reward, how many of a video's it is asked about; `FRAMES` if not given.
-        share: evaluate only these consecutive prompts, as a part for `Evaluation.join`.
 
     Raises:
         RewardError: a reward failed.
@@ -159,20 +115,10 @@ def evaluate(
     start = time.perf_counter()
     share = range(len(prompts)) if share is None else share
     # Of no prompts at first: a process's share may be empty.
-    scores = {name: [torch.empty(0, images_per_prompt)] for name in rewards}
-    kept = [torch.empty(0, images_per_prompt, 3, *policy.sampling.size)]
+    scores = {name: [torch.empty(0, draws.images_per_prompt)] for name in rewards}
+    kept = [torch.empty(0, draws.images_per_prompt, 3, *policy.sampling.size)]
     for part in sample_and_score(
-        policy,
-        prompts,
-        rewards,
-        images_per_prompt=images_per_prompt,
-        steps=steps,
-        seed=seed,
-        max_batch=max_batch,
-        decode_batch=decode_batch,
-        keep_folder=keep_folder,
-        frames=frames,
-        share=share,
+        policy, prompts, rewards, draws, share=share, frames=frames, keep_folder=keep_folder
     ):
         for name, values in part.scores.items():
             scores[name].append(values)

@@ -73,7 +73,7 @@ def _with_error(value: float | None, error: float | None, sign: str = "-") -> st
 
 
 def _explanation(comparison: Comparison) -> str:
-    prompts, noises = next(iter(comparison.scores.values()))[TRAINED].shape
+    prompts, noises = len(comparison.prompts), comparison.noises
     images = f"{prompts} prompts x {noises} images; ± standard error over prompts."
     if comparison.base is None:
         return images
@@ -106,7 +106,7 @@ def to_json(comparison: Comparison) -> str:
         "rewards": {reward: asdict(one) for reward, one in found.items()},
         "per_prompt": [
             {
-                "prompt": prompt,
+                "prompt": prompt.text,
                 "scores": {
                     reward: {role: rows[index] for role, rows in models.items()}
                     for reward, models in values.items()
@@ -253,7 +253,7 @@ def _card(
 
     heading = _line("th", ["", *comparison.roles, "difference"]) if comparison.base else ""
     keys = [mean(of[TRAINED]) - (mean(of[BASE]) if BASE in of else 0.0) for of in scores.values()]
-    prompt, roles = escape(comparison.prompts[index]), comparison.roles
+    prompt, roles = escape(comparison.prompts[index].text), comparison.roles
     pairs = []
     for number in range(len(images[TRAINED])):
         pictures = "".join(

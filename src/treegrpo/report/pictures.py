@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from matplotlib.patheffects import withStroke
@@ -34,6 +34,22 @@ _IMAGE_SIDES = (0.4, 1.4)
 # --- grids of images ---
 
 
+@dataclass(frozen=True)
+class _Block:
+    """Images that stand side by side in every row, and what is written above them.
+
+    Attributes:
+        images: float [prompts, n, 3, H, W] in [0, 1].
+        correct: bool [prompts, n]; None: unknown.
+        accuracy: in [0, 1].
+    """
+
+    images: Tensor
+    label: str | None = None
+    correct: Tensor | None = None
+    accuracy: float | None = None
+
+
 def image_grid(path: Path, prompts: Sequence[str], images: Tensor) -> None:
     """Write a PNG with one row per prompt: its text, then its images.
 
@@ -46,19 +62,7 @@ def image_grid(path: Path, prompts: Sequence[str], images: Tensor) -> None:
         ValueError: the images' shape does not fit the prompts.
     """
     _check_images("images", images, prompts)
-    columns = images.shape[1]
-    width, height = _image_size(images, columns, gaps=(columns - 1) * _GAP)
-    page_width = 2 * _MARGIN + _PROMPT_WIDTH + columns * (width + _GAP) - _GAP
-    row_height = height + _ROW_GAP
-    page_height = 2 * _MARGIN + len(prompts) * row_height - _ROW_GAP
-    figure, axes = style.page(page_width, page_height)
-    for row, prompt in enumerate(prompts):
-        y = _MARGIN + row * row_height + height / 2
-        _write_prompt(axes, prompt, y, height)
-        for column in range(columns):
-            x = _MARGIN + _PROMPT_WIDTH + column * (width + _GAP) + width / 2
-            style.put_image(axes, images[row, column], (x, y), (width, height))
-    style.save(figure, path)
+    _draw_grid(path, prompts, [_Block(images)])
 
 
 def before_after(
@@ -78,14 +82,11 @@ def before_after(
     Args:
         path: the file; its folder is made.
         prompts: the rows' texts.
-        before: float [prompts, n, 3, H, W] in [0, 1].
-        after: likewise.
-        correct_before: bool [prompts, n], which images show what their prompt says (a green frame
-            and a check; else a red one and a cross); None: unknown.
-        correct_after: likewise.
+        before, after: float [prompts, n, 3, H, W] in [0, 1].
+        correct_before, correct_after: bool [prompts, n], which images show what their prompt says
+            (a green frame and a check; else a red one and a cross); None: unknown.
         label_after: what the later images are called.
-        accuracy_before: in [0, 1], written in the header as "47 % right"; None: nothing.
-        accuracy_after: likewise.
+        accuracy_before, accuracy_after: in [0, 1], written in the header as "47 % right".
 
     Raises:
         ValueError: the shapes do not fit the prompts or one another.
@@ -102,33 +103,42 @@ def before_after(
                 f"{name}: got shape {list(correct.shape)}; must be {list(before.shape[:2])}, one "
                 "value per image"
             )
-    columns = before.shape[1]
-    block_gaps = (columns - 1) * _GAP
-    width, height = _image_size(before, 2 * columns, gaps=2 * block_gaps + _BLOCK_GAP)
-    block_width = columns * width + block_gaps
-    lefts = [_MARGIN + _PROMPT_WIDTH + index * (block_width + _BLOCK_GAP) for index in (0, 1)]
-    row_height = height + _ROW_GAP
-    has_accuracy = accuracy_before is not None or accuracy_after is not None
-    legend = 0.0 if correct_before is None and correct_after is None else 0.45
-    top = _MARGIN + (0.68 if has_accuracy else 0.36)
+    blocks = [
+        _Block(before, "before training", correct_before, accuracy_before),
+        _Block(after, label_after, correct_after, accuracy_after),
+    ]
+    _draw_grid(path, prompts, blocks)
+
+
+def _draw_grid(path: Path, prompts: Sequence[str], blocks: Sequence[_Block]) -> None:
+    columns = blocks[0].images.shape[1]
+    block_gaps, gaps = (columns - 1) * _GAP, (len(blocks) - 1) * _BLOCK_GAP
+    count = len(blocks) * columns
+    size = _image_size(blocks[0].images, count, gaps=len(blocks) * block_gaps + gaps)
+    width, height = size
+    block_width, row_height = columns * width + block_gaps, height + _ROW_GAP
+    has_accuracy = any(block.accuracy is not None for block in blocks)
+    header = (0.68 if has_accuracy else 0.36) if blocks[0].label else 0.0
+    legend = 0.45 if any(block.correct is not None for block in blocks) else 0.0
+    left, top = _MARGIN + _PROMPT_WIDTH, _MARGIN + header
     bottom = top + len(prompts) * row_height - _ROW_GAP
-    figure, axes = style.page(lefts[1] + block_width + _MARGIN, bottom + legend + _MARGIN)
-    blocks = (
-        ("before training", accuracy_before, before, correct_before),
-        (label_after, accuracy_after, after, correct_after),
+    figure, axes = style.page(
+        left + len(blocks) * block_width + gaps + _MARGIN, bottom + legend + _MARGIN
     )
-    for left, (label, accuracy, images, correct) in zip(lefts, blocks, strict=True):
-        _write_header(axes, label, accuracy, left, top, block_width)
-        for row in range(len(prompts)):
-            y = top + row * row_height + height / 2
-            for column in range(columns):
-                x = left + column * (width + _GAP) + width / 2
-                right = None if correct is None else bool(correct[row, column])
-                _put_judged(axes, images[row, column], right, (x, y), (width, height))
-    for row, prompt in enumerate(prompts):
-        _write_prompt(axes, prompt, top + row * row_height + height / 2, height)
+    middles = [top + row * row_height + height / 2 for row in range(len(prompts))]
+    for prompt, y in zip(prompts, middles, strict=True):
+        _write_prompt(axes, prompt, y, height)
     if legend:
-        _write_legend(axes, lefts[0], bottom + legend)
+        _write_legend(axes, left, bottom + legend)
+    for block in blocks:
+        if block.label:
+            _write_header(axes, block.label, block.accuracy, left, top, block_width)
+        for row, y in enumerate(middles):
+            for column, image in enumerate(block.images[row]):
+                x = left + column * (width + _GAP) + width / 2
+                right = None if block.correct is None else bool(block.correct[row, column])
+                _put_judged(axes, image, right, (x, y), size)
+        left += block_width + _BLOCK_GAP
     style.save(figure, path)
 
 
@@ -264,12 +274,7 @@ def training_curve(
     }
     count = len(main) + (len(together) > 1)
     figure = Figure(figsize=(style.PAGE_WIDTH, max(5.4, 2.5 * count)), facecolor=style.PAPER)
-    FigureCanvasAgg(figure)
-    right_edge = 0.6 if health else 0.97
-    grid = figure.add_gridspec(
-        count, left=0.08, right=right_edge, top=0.92, bottom=0.11, hspace=0.32
-    )
-    panels = grid.subplots(sharex=True, squeeze=False)[:, 0]
+    panels = _panels(figure, count, left=0.08, right=0.6 if health else 0.97, hspace=0.32)
     for key, axes in zip(main, panels, strict=False):
         _draw_main(axes, metrics, evaluations, key)
         if key == "reward" and len(together) > 1:
@@ -277,16 +282,19 @@ def training_curve(
     if len(together) > 1:
         _draw_rewards(panels[-1], metrics, together)
     panels[0].legend(loc="lower right", frameon=False, fontsize=9, labelcolor=style.MUTED)
-    panels[-1].set_xlabel("iteration", color=style.MUTED, fontsize=9, labelpad=6)
     if health:
-        grid = figure.add_gridspec(
-            len(health), left=0.69, right=0.97, top=0.92, bottom=0.11, hspace=0.62
-        )
-        panels = grid.subplots(sharex=True, squeeze=False)[:, 0]
+        panels = _panels(figure, len(health), left=0.69, right=0.97, hspace=0.62)
         for key, axes in zip(health, panels, strict=True):
             _draw_health(axes, metrics, key)
-        panels[-1].set_xlabel("iteration", color=style.MUTED, fontsize=9, labelpad=6)
     style.save(figure, path)
+
+
+def _panels(figure: Figure, count: int, *, left: float, right: float, hspace: float) -> list[Axes]:
+    """Axes one below the other, over iterations."""
+    grid = figure.add_gridspec(count, left=left, right=right, top=0.92, bottom=0.11, hspace=hspace)
+    panels = grid.subplots(sharex=True, squeeze=False)[:, 0]
+    panels[-1].set_xlabel("iteration", color=style.MUTED, fontsize=9, labelpad=6)
+    return list(panels)
 
 
 def _keys(panel: str) -> tuple[str, ...]:

@@ -16,7 +16,6 @@ from typing import Literal
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.patches import FancyBboxPatch
@@ -53,7 +52,6 @@ LARGEST_PAGE = 30_000
 def page(width: float, height: float) -> tuple[Figure, Axes]:
     """A page of so many inches, and axes that cover it in inches from the top left."""
     figure = Figure(figsize=(width, height), facecolor=PAPER)
-    FigureCanvasAgg(figure)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_axis_off()
     axes.set(xlim=(0, width), ylim=(height, 0))
