@@ -151,7 +151,7 @@ def test_the_standard_error_is_over_prompts() -> None:
 
 
 def test_shares_join_to_the_whole(tiny_checkpoint: Path) -> None:
-    policy = load_policy(str(tiny_checkpoint), device=torch.device("cpu"))
+    policy = load(tiny_checkpoint)
     prompts = [Prompt(text, {"weight": float(i)}) for i, text in enumerate("abc")]
 
     def evaluated(share: range | None, max_batch: int = 2) -> Evaluation:

@@ -178,7 +178,9 @@ def test_the_model_card_says_what_was_before_and_what_after(tmp_path: Path) -> N
         interrupted=False,
     )
     said = SimpleNamespace(
-        pipeline_name="APipeline", index={}, call_settings=lambda: {"guidance_scale": 2.5}
+        pipeline_name="APipeline",
+        checkpoint=SimpleNamespace(index={}),
+        call_settings=lambda: {"guidance_scale": 2.5},
     )
     write_model_card(tmp_path, load_config(None, []), cast(Policy, said), result)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
