@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Annotated
 
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from treegrpo.advantage import backup
-from treegrpo.methods import Credit, Method, Scores
+from treegrpo.methods import Credit, Method, Scores, Update
 from treegrpo.methods.settings import GroupSettings, ObjectiveSettings
 from treegrpo.methods.trees import TreeGRPO, TreeSettings
 from treegrpo.objective import Loss
@@ -68,17 +67,9 @@ class ForwardProcess(Method):
         """One per leaf."""
         return plan.leaves
 
-    def losses(
-        self,
-        predict: Predict,
-        forest: Rollout,
-        credit: Credit,
-        *,
-        reference: Sequence[Tensor] | None,
-        prompts: slice,
-        micro_batch: int,
-    ) -> Iterator[Loss]:
+    def losses(self, predict: Predict, update: Update) -> Iterator[Loss]:
         """Leaves noised again to a random level: good ones pull the velocity, bad ones push it."""
+        forest, credit, prompts = update.forest, update.credit, update.prompts
         device, strength = credit.leaves.device, self.objective.strength
         clip = self.advantage.advantage_clip or 5.0
         weights = (credit.leaves[prompts] / clip / 2 + 0.5).clamp(0, 1).flatten()
@@ -88,9 +79,8 @@ class ForwardProcess(Method):
         # The samples are dealt out to the levels, as evenly as they go.
         steps = forest.plan.steps
         rows = [torch.arange(step, len(leaves), steps, device=device) for step in range(steps)]
-        parts = [
-            (step, p) for step in range(steps) for p in rows[step].split(micro_batch) if len(p)
-        ]
+        split = [(step, row.split(update.micro_batch)) for step, row in enumerate(rows) if len(row)]
+        parts = [(step, part) for step, some in split for part in some]
         for number, (step, part) in enumerate(parts, start=1):
             clean, weight = leaves[part.to(leaves.device)].to(device), weights[part]
             sigma, noise = forest.schedule.sigma[step], torch.randn_like(clean)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import tiny_checkpoints
@@ -242,6 +242,30 @@ def test_a_first_step_from_almost_pure_noise_is_one_from_pure_noise(
     first, expected = (stochastic(schedule, 0, "flow_sde", 0.7).std for schedule in (levels, pure))
     assert first == pytest.approx(expected, rel=0.01)
     assert first == pytest.approx(0.7, rel=0.02)
+
+
+@pytest.mark.filterwarnings("ignore:.*script_method")  # of torch.compile about torch
+def test_switches_are_diffusers_own(checkpoints: Checkpoints) -> None:
+    def states(**switches: Any) -> list[bool]:
+        policy = load(checkpoints["FLUX.1 dev"], **switches)
+        network = cast(Any, policy.network)
+        block = network.transformer_blocks[0]
+        return [
+            network.is_gradient_checkpointing,
+            block.attn.processor._attention_backend is not None,
+            block._compiled_call_impl is not None,
+            policy.vae.use_tiling,
+        ]
+
+    assert states() == [False] * 4
+    switches = {
+        "gradient_checkpointing": True,
+        "attention_backend": "_native_math",
+        "compile": True,
+        "vae_tiling": True,
+    }
+    for number, (name, value) in enumerate(switches.items()):
+        assert states(**{name: value}) == [place == number for place in range(4)]
 
 
 def test_weights_under_other_published_names_are_read(

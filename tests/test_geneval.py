@@ -45,7 +45,7 @@ def objects(*colors: str, x: float = 0, y: float = 0) -> list[Detection]:
     return [Detection(box, 0.9 - index / 10, color) for index, color in enumerate(colors)]
 
 
-def clause(name: str, count: int = 1, **more: Any) -> dict[str, Any]:
+def clause(name: str, count: object = 1, **more: Any) -> dict[str, Any]:
     return {"class": name, "count": count, **more}
 
 

@@ -9,6 +9,7 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from treegrpo.errors import UserError
@@ -107,7 +108,12 @@ def test_the_reader_gets_rounded_pixels_with_blue_first(
     reward: OCR, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
-    monkeypatch.setattr(reward, "read", lambda picture: seen.append(picture) or ["x"])
+
+    def read(picture: NDArray[np.uint8]) -> list[str]:
+        seen.append(picture)
+        return ["x"]
+
+    monkeypatch.setattr(reward, "read", read)
     image = torch.tensor([0.5, 1.2, -0.1]).view(1, 3, 1, 1).expand(1, 3, 2, 5)
     assert reward(image, ['"X"'], None) == [1.0]
     assert seen[0].shape == (2, 5, 3) and seen[0].dtype == np.uint8

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from treegrpo.models.adapters import add_lora
 from treegrpo.models.components import Components
 from treegrpo.models.export import export, export_bytes
 from treegrpo.models.folder import ModelError
-from treegrpo.models.opening import load_policy
+from treegrpo.models.opening import load_policy, load_weights, open_policy
 from treegrpo.models.policy import Policy
 from treegrpo.models.sd3 import StableDiffusion3
 from treegrpo.models.text import PromptEncoder
@@ -227,6 +227,29 @@ def test_trained_lora_weights_load_with_diffusers(
     pipeline.unload_lora_weights()
     for name, parameter in pipeline.transformer.named_parameters():
         assert torch.equal(parameter, base[name])
+
+
+@pytest.mark.parametrize("rank", [0, 3], ids=["full", "lora"])
+def test_trained_weights_are_float32_and_nothing_else_is_trained(
+    rank: int, tiny_checkpoint: Path
+) -> None:
+    model = ModelConfig(
+        path=str(tiny_checkpoint), dtype="bfloat16", lora_rank=rank, embedding_cache=None
+    )
+    policy = open_policy(model, device=torch.device("cpu"))
+    load_weights(policy, model, train=True)
+    network = dict(policy.network.named_parameters())
+    trained = {name for name, parameter in network.items() if parameter.requires_grad}
+    assert trained == {name for name in network if ".lora_" in name or not rank}
+    assert {network[name].dtype for name in trained} == {torch.float32}
+    others = [network[name] for name in network.keys() - trained] + [*policy.vae.parameters()]
+    assert {parameter.dtype for parameter in others} == {torch.bfloat16}
+    assert not any(parameter.requires_grad for parameter in policy.vae.parameters())
+    modules = [*policy.network.modules(), *policy.vae.modules()]
+    assert not any(module.training for module in modules)
+    if rank:  # an alpha that is not given is twice the rank
+        adapted = cast(Any, policy.network)
+        assert adapted.peft_config["default"].lora_alpha == 6
 
 
 @pytest.mark.parametrize("rank", [0, 64], ids=["full", "lora"])

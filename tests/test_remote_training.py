@@ -7,13 +7,14 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from command_line import CommandLine
 from diffusers import SD3Transformer2DModel
 
 from treegrpo import checkpoint, cli
@@ -132,17 +133,6 @@ def settings_of(output: Path, reward: str, **options: float) -> list[str]:
     ]
 
 
-@pytest.fixture
-def treegrpo(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    def run(*arguments: str) -> None:
-        monkeypatch.setattr(sys, "argv", ["treegrpo", *arguments])
-        with pytest.raises(SystemExit) as caught:
-            cli.main()
-        assert caught.value.code == 0
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that scores its images itself."""
@@ -181,11 +171,12 @@ def exported_weights(run: Path) -> list[torch.Tensor]:
 
 
 def test_scored_elsewhere_is_scored_here(
-    server: Server, expected: Path, tmp_path: Path, treegrpo: Callable[..., None]
+    server: Server, expected: Path, tmp_path: Path, treegrpo: CommandLine
 ) -> None:
     server.serve("composition")
     # Requests that hold less than a batch of prompts, too.
-    treegrpo("train", *settings_of(tmp_path / "run", server.url, batch_size=3))
+    code, *_ = treegrpo("train", *settings_of(tmp_path / "run", server.url, batch_size=3))
+    assert code == 0
     assert_same_course(tmp_path / "run", expected)
 
 
@@ -193,12 +184,13 @@ def test_a_run_outlives_its_server(
     server: Server,
     expected: Path,
     tmp_path: Path,
-    treegrpo: Callable[..., None],
+    treegrpo: CommandLine,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     server.serve_until_it_dies()
     with caplog.at_level(logging.WARNING), server.replaced_once_dead():
-        treegrpo("train", *settings_of(tmp_path / "run", server.url))
+        code, *_ = treegrpo("train", *settings_of(tmp_path / "run", server.url))
+    assert code == 0
     outage = [message for message in caplog.messages if server.url in message]
     assert "does not answer, retrying for up to 600 s" in outage[0]
     assert "answers again after" in outage[-1]
@@ -206,23 +198,22 @@ def test_a_run_outlives_its_server(
 
 
 def test_a_run_whose_server_is_gone_can_go_on_later(
-    server: Server, expected: Path, tmp_path: Path, treegrpo: Callable[..., None]
+    server: Server, expected: Path, tmp_path: Path, treegrpo: CommandLine
 ) -> None:
     server.serve_until_it_dies()
-    arguments = ["train", *settings_of(tmp_path / "run", server.url, give_up_after_seconds=1)]
-    ended = subprocess.run(
-        [sys.executable, "-m", "treegrpo", *arguments], capture_output=True, text=True
-    )
-    assert ended.returncode == 2
-    assert "Traceback" not in ended.stderr
+    arguments = ["train", *settings_of(tmp_path / "run", server.url, give_up_after_seconds=0.3)]
+    code, _, err = treegrpo(*arguments)
+    assert code == 2
+    assert "Traceback" not in err
     problem = f"reward server {server.url} did not answer for "
-    (line,) = (line for line in ended.stderr.splitlines() if line.startswith("error: "))
+    (line,) = (line for line in err.splitlines() if line.startswith("error: "))
     assert "reward 'composition' raised ServerError" in line and problem in line
     assert checkpoint.load_state(tmp_path / "run")["iteration"] == 1
     assert not (tmp_path / "run" / "model").exists()
 
     server.serve("composition")
-    treegrpo(*arguments, "--resume")
+    code, *_ = treegrpo(*arguments, "--resume")
+    assert code == 0
     assert_same_course(tmp_path / "run", expected)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from PIL import Image
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter  # type: ignore[import-untyped]
 from torch.nn import functional
 
 from treegrpo.errors import UserError
@@ -31,6 +33,7 @@ from treegrpo.miniature.scenes import (
 )
 from treegrpo.rewards import (
     BUILT_IN,
+    Reward,
     RewardError,
     check_reward,
     load_reward,
@@ -110,7 +113,7 @@ def test_harmless_changes_are_forgiven(
 
 def test_melted_shapes_are_rejected() -> None:
     """Halves, three quarters, rings, stretched and turned shapes are no shapes."""
-    deformations = {
+    deformations: dict[str, list[Callable[[NDArray[Any], NDArray[Any]], NDArray[np.bool_]]]] = {
         "circle": [
             lambda u, v: inside("circle", u, v) & (v < 0),
             lambda u, v: inside("circle", u, v) & (u < 0),
@@ -303,8 +306,8 @@ class Module(torch.nn.Module):
 def test_classes_that_take_any_options(images: torch.Tensor) -> None:
     assert load_reward(f"{__name__}:Open")(images, ["", ""], None) == [0.0, 0.0]
     assert load_reward(f"{__name__}:Open", {"value": 2.0})(images, ["", ""], None) == [2.0, 2.0]
-    module = load_reward(f"{__name__}:Module")
-    assert torch.equal(module(images, ["", ""], None), images.mean((1, 2, 3)))
+    scores = load_reward(f"{__name__}:Module")(images, ["", ""], None)
+    assert torch.equal(torch.as_tensor(scores), images.mean((1, 2, 3)))
     with pytest.raises(UserError, match=r"cannot be made with the options \{'eps': 1\}: TypeError"):
         load_reward(f"{__name__}:Module", {"eps": 1})
 
@@ -405,7 +408,7 @@ def test_unknown_names_are_explained(name: str, message: str) -> None:
         load_reward(name)
 
 
-def raising(images, prompts, metadata):
+def raising(images: torch.Tensor, prompts: list[str], metadata: object) -> torch.Tensor:
     raise KeyError("logits")
 
 
@@ -424,7 +427,9 @@ def raising(images, prompts, metadata):
         (lambda *_: ["good", "bad"], r"returned list \['good', 'bad'\] .*expected 2 numbers"),
     ],
 )
-def test_a_failing_reward_is_named_and_its_images_kept(reward, message, tmp_path: Path) -> None:
+def test_a_failing_reward_is_named_and_its_images_kept(
+    reward: Reward, message: str, tmp_path: Path
+) -> None:
     images = torch.stack([torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.5)])
     prompts = ["a red circle", "two blue squares"]
     folder = tmp_path / "failures"

@@ -54,8 +54,8 @@ def model(x: Tensor, timestep: float) -> Tensor:
 
 
 # The scheduler, its settings, and what makes a first-order solver of it in diffusers.
-DDIM = ("DDIMScheduler", {})
-EULER = ("EulerDiscreteScheduler", {})
+DDIM: tuple[str, dict[str, Any]] = ("DDIMScheduler", {})
+EULER: tuple[str, dict[str, Any]] = ("EulerDiscreteScheduler", {})
 SAME = ("", {"solver_order": 1})
 SCHEDULERS = [
     ("DDIMScheduler", {**BETAS, "clip_sample": True}, None),
@@ -179,6 +179,11 @@ def test_clipping_is_refused_where_the_pipeline_does_it(tmp_path: Path) -> None:
 
 
 def test_settings_that_stable_diffusion_lacks_are_refused(source: Path) -> None:
+    with pytest.raises(
+        ModelError, match=r"model\.attention_backend: got 'native'; the unet of .* n"
+    ):
+        model = ModelConfig(path=str(source), attention_backend="native")
+        open_policy(model, device=torch.device("cpu"))
     with pytest.raises(ModelError, match=r"model\.max_sequence_length: got 64; .* must be null"):
         model = ModelConfig(path=str(source), max_sequence_length=64)
         open_policy(model, device=torch.device("cpu"))

@@ -54,11 +54,7 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     """
     data = config.model_dump(mode="json")
     for key_path, value in changes.items():
-        *sections, key = key_path.split(".")
-        target = data
-        for section in sections:
-            target = target[section]
-        target[key] = value
+        _set(data, key_path.split("."), value)
     return validated(data)
 
 
@@ -195,23 +191,23 @@ def _apply_override(data: dict[Any, Any], override: str) -> None:
     keys = key_path.split(".")
     if not equals or not all(keys):
         raise ConfigError(f'override "{override}": must be key.path=value')
-    value = parse_yaml(text, f'override "{override}"')
+    _set(data, keys, parse_yaml(text, f'override "{override}"'))
+
+
+def _set(data: dict[Any, Any], keys: list[str], value: Any) -> None:
     target: Any = data
+    *path, last = keys
     for depth, key in enumerate(keys):
         here = ".".join(keys[:depth])
-        last = depth == len(keys) - 1
-        if isinstance(target, dict):
-            if last:
-                _merge(target, {key: value})
-            else:
-                target = target.setdefault(key, {})
-        elif isinstance(target, list):
+        if isinstance(target, list):
             if not key.isdecimal() or int(key) >= len(target):
                 allowed = f"must be 0 to {len(target) - 1}" if target else "the list is empty"
                 raise ConfigError(f"{here}.{key}: no such element; {allowed}")
-            if last:
-                target[int(key)] = value
-            else:
-                target = target[int(key)]
-        else:
+        elif not isinstance(target, dict):
             raise ConfigError(f"{here}: has no key {shown(key)}; its value is {shown(target)}")
+        if depth < len(path):
+            target = target[int(key)] if isinstance(target, list) else target.setdefault(key, {})
+    if isinstance(target, list):
+        target[int(last)] = value
+    else:
+        _merge(target, {last: value})

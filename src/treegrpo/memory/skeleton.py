@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from treegrpo.config import ModelConfig
 from treegrpo.device import parse_device
-from treegrpo.methods import Credit, Method
+from treegrpo.methods import Credit, Method, Update
 from treegrpo.models.opening import load_weights, open_policy
 from treegrpo.models.policy import Policy
 from treegrpo.models.text import PROMPTS_PER_ENCODING, EmbeddingStore
@@ -199,6 +199,7 @@ class Skeleton:
 
     @cached_property
     def trained(self) -> tuple[Tensor, ...]:
+        """The parameters that training changes."""
         return tuple(p for p in self.policy.network.parameters() if p.requires_grad)
 
     @cached_property
@@ -213,6 +214,7 @@ class Skeleton:
 
     @property
     def state_bytes(self) -> int:
+        """Of one state."""
         return math.prod(self.policy.latent_shape) * FLOAT32
 
     @property
@@ -262,25 +264,22 @@ class Skeleton:
             levels = [Level(0, _TRANSITION, nodes, leaves, numbers, nodes)] if siblings else []
             forest = Rollout(plan, schedule, leaves, tuple(levels), 0, method.reduction)
             credit = Credit(numbers, (numbers,) * len(levels))
+            reference = [nodes] if method.needs_reference else None
+            update = Update(forest, credit, reference, slice(None), rows)
             with self._counting() as count:
-                for loss in method.losses(
-                    predict,
-                    forest,
-                    credit,
-                    reference=[nodes] if method.needs_reference else None,
-                    prompts=slice(None),
-                    micro_batch=rows,
-                ):
+                for loss in method.losses(predict, update):
                     loss.backward()
         for parameter in self.trained:
             parameter.grad = None
         return count.peak + (total_bytes(self.trained) if accumulate else 0)
 
     def decode(self, rows: int, frames: int, *, again: bool) -> Decoding:
-        """Of the decoder on so many latents, or on as many again after them.
+        """Peak bytes of the decoder.
 
         Args:
+            rows: latents that are decoded at once.
             frames: of a video, which are kept.
+            again: whether as many latents follow.
         """
         with self._mode:
             latents = torch.empty(2 * rows if again else rows, *self.policy.latent_shape)
@@ -340,6 +339,7 @@ def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of all elements."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -352,16 +352,19 @@ class Measurements:
         self._known: dict[Any, Any] = {}
 
     def skeleton(self, model: ModelConfig) -> Skeleton:
+        """Made once for a section."""
         key = model.model_dump_json()
         if key not in self._skeletons:
             self._skeletons[key] = Skeleton(model, self._steps)
         return self._skeletons[key]
 
     def rollout(self, model: ModelConfig, **settings: Any) -> int:
+        """`Skeleton.rollout`."""
         same = {"gradient_checkpointing": False, "vae_tiling": False}
         return int(self._once(model.model_copy(update=same), "rollout", **settings))
 
     def update(self, model: ModelConfig, method: Method, **settings: Any) -> int:
+        """`Skeleton.update`."""
         same = model.model_copy(update={"vae_tiling": False})
         objective = method.objective.model_dump_json()
         key = (same.model_dump_json(), type(method), objective, *settings.items())
@@ -370,11 +373,13 @@ class Measurements:
         return int(self._known[key])
 
     def decode(self, model: ModelConfig, **settings: Any) -> Decoding:
+        """`Skeleton.decode`."""
         same = {"gradient_checkpointing": False, "lora_rank": 0}
         decoding: Decoding = self._once(model.model_copy(update=same), "decode", **settings)
         return decoding
 
     def encode(self, model: ModelConfig) -> int:
+        """`Skeleton.encode`."""
         same = {"gradient_checkpointing": False, "lora_rank": 0, "vae_tiling": False}
         return int(self._once(model.model_copy(update=same), "encode"))
 

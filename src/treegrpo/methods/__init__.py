@@ -5,7 +5,7 @@ window that some share. Left out: the arithmetic, which is the algorithm's (`pla
 `advantage.py`, `objective.py`), and the loop around it (`training/`).
 """
 
-from treegrpo.methods.method import Credit, Method, PlanShare, Scores
+from treegrpo.methods.method import Credit, Method, PlanShare, Scores, Update
 from treegrpo.methods.policy_gradient import PolicyGradient
 from treegrpo.methods.registry import BUILT_IN, find_method, method_of
 
@@ -16,6 +16,7 @@ __all__ = [
     "PlanShare",
     "PolicyGradient",
     "Scores",
+    "Update",
     "find_method",
     "method_of",
 ]

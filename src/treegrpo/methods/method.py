@@ -83,6 +83,24 @@ class Credit:
         )
 
 
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step learns from.
+
+    Attributes:
+        forest: the iteration's samples.
+        reference: of `Method.reference`, where the method needs it.
+        prompts: those of the forest that the step is on.
+        micro_batch: most rows of one model call.
+    """
+
+    forest: Rollout
+    credit: Credit
+    reference: Sequence[Tensor] | None
+    prompts: slice
+    micro_batch: int
+
+
 class Method(ABC):
     """A way of learning from groups of samples.
 
@@ -206,16 +224,7 @@ class Method(ABC):
         return node_means(predict, forest, device, micro_batch)
 
     @abstractmethod
-    def losses(
-        self,
-        predict: Predict,
-        forest: Rollout,
-        credit: Credit,
-        *,
-        reference: Sequence[Tensor] | None,
-        prompts: slice,
-        micro_batch: int,
-    ) -> Iterator[Loss]:
+    def losses(self, predict: Predict, update: Update) -> Iterator[Loss]:
         """The losses of one optimizer step, one per micro-batch, whose sum is the objective.
 
         `treegrpo plan` runs them on tensors without values, so what is computed must not depend on
@@ -223,11 +232,6 @@ class Method(ABC):
 
         Args:
             predict: the policy under training; call it with gradient.
-            forest: the iteration's samples.
-            credit: of `credit`.
-            reference: of `reference`, where `needs_reference`.
-            prompts: those of the forest that the step is on.
-            micro_batch: most rows of one model call.
         """
 
     def check_first_update(self, record: Mapping[str, float]) -> list[str]:

@@ -5,18 +5,16 @@ Left out: the objective itself (`objective.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from treegrpo.errors import UserError
-from treegrpo.methods.method import Credit, Method
+from treegrpo.methods.method import Method, Update
 from treegrpo.methods.settings import AdvantageSettings, ClippedSettings, RolloutSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from treegrpo.objective import Loss
-    from treegrpo.rollout import Predict, Rollout
+    from treegrpo.rollout import Predict
 
 # The first ratio is 1 by construction. What is allowed on top is the rounding of a model that
 # computes in bfloat16 on batches of different shapes.
@@ -44,31 +42,22 @@ class PolicyGradient(Method):
         self.needs_reference = objective.kl_weight > 0
         self.reference_on_cpu = objective.reference_on_cpu
 
-    def losses(
-        self,
-        predict: Predict,
-        forest: Rollout,
-        credit: Credit,
-        *,
-        reference: Sequence[Tensor] | None,
-        prompts: slice,
-        micro_batch: int,
-    ) -> Iterator[Loss]:
+    def losses(self, predict: Predict, update: Update) -> Iterator[Loss]:
         """The clipped objective (`treegrpo.objective.losses`)."""
         from treegrpo.objective import losses
 
         settings = self.objective
         return losses(
             predict,
-            forest,
-            credit.edges,
+            update.forest,
+            update.credit.edges,
             clip_low=settings.clip_low,
             clip_high=settings.clip_high,
             kl_weight=settings.kl_weight,
             guard=settings.guard,
-            reference=reference,
-            prompts=prompts,
-            micro_batch=micro_batch,
+            reference=update.reference,
+            prompts=update.prompts,
+            micro_batch=update.micro_batch,
         )
 
     def check_first_update(self, record: Mapping[str, float]) -> list[str]:

@@ -88,6 +88,8 @@ def check_checkpoint(folder: Path, field: str = "model.path", *, weights: bool =
     Weights are not read, but a missing shard or a truncated safetensors file is found.
 
     Args:
+        folder: on this machine.
+        field: what named it, to begin messages with.
         weights: whether they are needed; otherwise the networks' and scheduler's configurations do.
 
     Raises:
@@ -226,7 +228,7 @@ def _check_component(folder: Path, field: str, needs_weights: bool) -> None:
 
 
 def _check_tokenizer(folder: Path, field: str) -> None:
-    """transformers would go on with an empty vocabulary, to which all prompts are alike."""
+    """With an empty vocabulary, all prompts would be alike to transformers."""
     if any((folder / name).is_file() for name in _VOCABULARIES):
         return
     if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):

@@ -1,6 +1,8 @@
 """LAION aesthetic predictor v2: how much people would like a picture, whatever its prompt.
 
 Source: github.com/christophschuhmann/improved-aesthetic-predictor.
+
+Left out: version 1, and predictors on other CLIPs than ViT-L/14.
 """
 
 from __future__ import annotations

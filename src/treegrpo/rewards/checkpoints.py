@@ -1,4 +1,8 @@
-"""What reward models share: where they run, and finding and reading their checkpoints."""
+"""What reward models share: where they run, and finding and reading their checkpoints.
+
+Left out: building the models, which each reward's file does, and checkpoints of the models that are
+trained (`treegrpo.models`).
+"""
 
 from __future__ import annotations
 

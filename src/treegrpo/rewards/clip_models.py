@@ -1,7 +1,9 @@
 """What the rewards built on CLIP share: loading a model, preparing pictures, embedding.
 
-The model is transformers' CLIPModel for all of them. open_clip would need a torchvision built for
-the installed torch, which package indexes offer for CUDA only.
+The model is transformers' CLIPModel for all of them.
+
+Left out: open_clip, which would need a torchvision built for the installed torch, and package
+indexes offer that for CUDA only; what a score is made of, which each reward's file says.
 """
 
 from __future__ import annotations
@@ -41,7 +43,11 @@ def find_clip(
     """The local folder of a CLIP checkpoint in transformers' format; see `find_checkpoint`.
 
     Args:
-        tokenizer, image_processor: whether they are needed.
+        path: a local folder or a hub repository; None: `repository`.
+        repository: the checkpoint's own hub repository.
+        option: the name of the option that `path` comes from, for messages.
+        tokenizer: whether the folder must hold one.
+        image_processor: whether the folder must hold its configuration.
 
     Raises:
         UserError: as `find_checkpoint`, or the folder lacks files; the message lists all of them.

@@ -1,4 +1,7 @@
-"""CLIPScore: how well a picture fits its prompt, as the cosine of their CLIP embeddings."""
+"""CLIPScore: how well a picture fits its prompt, as the cosine of their CLIP embeddings.
+
+Left out: loading CLIP and embedding, which other rewards do too (`treegrpo.rewards.clip_models`).
+"""
 
 from __future__ import annotations
 

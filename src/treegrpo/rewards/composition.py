@@ -7,6 +7,9 @@ A pixel is `background + coverage * (color - background)`, so antialiasing and b
 coverage and not its hue. A shape is recognized by laying the ideal circle, square and triangle of
 the same area and centroid over the coverage: blur preserves both, whereas a bounding box of
 thresholded pixels loses a triangle's tip.
+
+Left out: drawing such pictures and writing their prompts (`treegrpo.miniature.scenes`), and any
+other kind of picture.
 """
 
 from __future__ import annotations
@@ -282,6 +285,7 @@ class Composition:
     def __call__(
         self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
     ) -> Tensor:
+        """Float32 [N] in [0, 1]; see `composition`."""
         return composition(images, prompts, metadata)
 
     def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
@@ -299,4 +303,5 @@ class CompositionAccuracy(Composition):
     def __call__(
         self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
     ) -> Tensor:
+        """Float32 [N], 0 or 1; see `composition_accuracy`."""
         return composition_accuracy(images, prompts, metadata)

@@ -3,6 +3,8 @@
 Judging is functions on detections that know no model: `grades`, `relations`, `suppress_overlaps`.
 `GenEval` gives them what OWLv2 detects and CLIP says about colors. The original is
 evaluation/evaluate_images.py of https://github.com/djghosh13/geneval.
+
+Left out: its detector, Mask2Former, which needs mmdetection 2 and an environment of its own.
 """
 
 from __future__ import annotations
@@ -373,7 +375,6 @@ class GenEval:
             UserError: as `check`.
             ValueError: the images' shape does not fit.
         """
-
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have the shape [N, 3, H, W], got {list(images.shape)}")
         asked = self._requirements(prompts, metadata)

@@ -1,4 +1,7 @@
-"""Human Preference Score v2.1: which picture people prefer for a prompt (arXiv 2306.09341)."""
+"""Human Preference Score v2.1: which picture people prefer for a prompt (arXiv 2306.09341).
+
+Left out: version 3, which is another model. Version 2.0 differs in its weights alone.
+"""
 
 from __future__ import annotations
 

@@ -3,6 +3,9 @@
 What may pass (no connection, silence, HTTP 408, 425, 429, 500, 502 and above) is tried again after
 waits that double, up to a limit. What will not (a refused token, an unknown address, an answer that
 makes no sense) is an error at once.
+
+Left out: what is asked (`treegrpo.rewards.remote`, `treegrpo.rewards.vlm_judge`). A library for
+retries would give the loop alone: when to stop, how long to wait and what to say are all our own.
 """
 
 from __future__ import annotations

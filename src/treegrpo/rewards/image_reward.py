@@ -6,6 +6,8 @@ that the authors had rated. The networks are transformers' BLIP classes with the
 original checkpoint (https://huggingface.co/THUDM/ImageReward, `ImageReward.pt`), because the
 original package (https://github.com/THUDM/ImageReward) does not import with transformers 5.
 `benchmarks/image_reward_parity.py` holds the scores against that package's own.
+
+Left out: the authors' ReFL, which trains through the score's gradient.
 """
 
 from __future__ import annotations
@@ -184,7 +186,7 @@ def preprocess(images: Tensor) -> Tensor:
 
 
 def _resize_and_crop(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """torchvision's Resize and CenterCrop of a PIL image, with their ways of rounding."""
+    """Do as torchvision's Resize and CenterCrop do to a PIL image, with their ways of rounding."""
     import numpy as np
     from PIL import Image
 

@@ -1,4 +1,7 @@
-"""How well a picture compresses as JPEG, or how badly: two tasks of DDPO (arXiv 2305.13301)."""
+"""How well a picture compresses as JPEG, or how badly: two tasks of DDPO (arXiv 2305.13301).
+
+Left out: other qualities than the paper's, and other formats.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""PickScore: which picture people would pick for a prompt (arXiv 2305.01569)."""
+"""PickScore: which picture people would pick for a prompt (arXiv 2305.01569).
+
+Left out: loading CLIP and embedding, which other rewards do too (`treegrpo.rewards.clip_models`).
+"""
 
 from __future__ import annotations
 

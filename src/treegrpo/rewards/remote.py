@@ -97,8 +97,7 @@ class Remote:
         return [score for part in parts for score in part]
 
     def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
-        """Wait for the server, and make sure that it is one, takes the token, can be told all and
-        can score all.
+        """Wait for the server, and make sure that it takes the token and can score all prompts.
 
         Raises:
             UserError: it is not there, refuses, or speaks another version; a prompt's metadata

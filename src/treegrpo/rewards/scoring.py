@@ -32,8 +32,12 @@ class RewardError(RuntimeError):
 def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:
     """Let each reward refuse prompts that it cannot score.
 
+    Args:
+        rewards: by the names that messages give them.
+        prompts: all prompts of a run.
+
     Raises:
-        UserError: names the reward and the prompt.
+        UserError: names the reward, and what it says of which prompt.
     """
     texts = [prompt.text for prompt in prompts]
     metadata = [dict(prompt.metadata) for prompt in prompts]

@@ -79,6 +79,8 @@ class RewardServer(uvicorn.Server):
             timeout_keep_alive=IDLE_SECONDS,
         )
         super().__init__(config)
+        # Headers and body are two writes: no wait between them, on any connection.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.url = "http://{}:{}".format(*listener.getsockname())
         self.name, self.reward, self.token = name, reward, token
         self.max_batch, self.device = max_batch, device
@@ -106,7 +108,7 @@ class RewardServer(uvicorn.Server):
         """
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(FAREWELL_SECONDS)  # it ends the process
+        signal.setitimer(signal.ITIMER_REAL, FAREWELL_SECONDS)  # its signal ends the process
         self.should_exit = True
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -257,7 +259,7 @@ def serve(
             listener, reward_name, reward, token=token, max_batch=max_batch, device=place
         )
         server.run([listener])
-    signal.alarm(0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
     print("stopped", flush=True)
 
 

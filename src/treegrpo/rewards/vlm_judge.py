@@ -1,4 +1,7 @@
-"""A vision-language model as the judge, behind any OpenAI-compatible `/chat/completions`."""
+"""A vision-language model as the judge, behind any OpenAI-compatible `/chat/completions`.
+
+Left out: other APIs, running the model here, and several pictures in one question.
+"""
 
 from __future__ import annotations
 
@@ -225,6 +228,8 @@ def parse_score(text: str, scale: float, *, cut_off: bool = False) -> float | No
     no score.
 
     Args:
+        text: the answer, as it came.
+        scale: the highest score.
         cut_off: the answer ended for its length, so that only a JSON object is sure to be whole.
     """
     text = text.rpartition("</think>")[2]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from treegrpo.config import TrainConfig
 from treegrpo.errors import UserError
-from treegrpo.methods import Credit, Method
+from treegrpo.methods import Credit, Method, Update
 from treegrpo.models.adapters import has_lora
 from treegrpo.models.policy import Conditioning, Policy
 from treegrpo.rollout import Predict, Rollout
@@ -106,14 +106,9 @@ class Learner:
         total, norms = UpdateMetrics(), []
         for start in [*range(0, prompts, share)] * settings.inner_epochs:
             metrics = UpdateMetrics()
-            for loss in self._method.losses(
-                predict,
-                forest,
-                credit,
-                reference=reference,
-                prompts=slice(start, start + share),
-                micro_batch=settings.micro_batch,
-            ):
+            part = slice(start, start + share)
+            update = Update(forest, credit, reference, part, settings.micro_batch)
+            for loss in self._method.losses(predict, update):
                 # Processes exchange gradients once a step, with its last micro-batch.
                 self._engine.backward(loss.value, self._network, exchange=loss.is_last)
                 metrics.add(loss)
