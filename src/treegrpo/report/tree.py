@@ -26,7 +26,6 @@ from treegrpo.plan import RolloutPlan
 from treegrpo.report import style
 
 Color = tuple[float, float, float]
-Point = tuple[float, float]
 
 # Inches.
 _MARGIN = 0.3
@@ -166,15 +165,15 @@ class _Layout:
     angles: dict[int, list[float]]
     sizes: dict[int, tuple[float, float]]
     half_span: float
-    center: Point
+    center: style.Pair
     width: float
     height: float
 
-    def polar(self, radius: float, angle: float) -> Point:
+    def polar(self, radius: float, angle: float) -> style.Pair:
         x, y = self.center
         return x + radius * math.cos(angle), y - radius * math.sin(angle)
 
-    def point(self, level: int, node: int) -> Point:
+    def point(self, level: int, node: int) -> style.Pair:
         if self.radii[level] <= 0:
             return self.center[0], self.center[1] - self.radii[level]
         return self.polar(self.radii[level], self.angles[level][node])
@@ -314,8 +313,10 @@ def _write_zones(axes: Axes, layout: _Layout) -> None:
         for index, line in enumerate(lines):
             down = 0.15 + 0.17 * index
             point = (x + down * math.sin(angle - math.pi), y - down * math.cos(angle))
-            how = {"color": style.MUTED} if index else {"bold": True}
-            style.write(axes, point, line, align=align, rotation=rotation, **how)
+            color = style.MUTED if index else style.INK
+            style.write(
+                axes, point, line, color=color, bold=not index, align=align, rotation=rotation
+            )
 
     children = max(layout.plan.branching)
     detail = f"every node branches into {children}" if children > 1 else "every step is random"
