@@ -141,12 +141,8 @@ def evaluate(
         "versions": versions(),
     }
     comparison = Comparison(model, base, given, list(options), seeds * images_per_prompt, settings)
-    draws = Draws(
-        images_per_prompt,
-        policies[-1].sampling.steps,
-        max_batch=max_batch,
-        decode_batch=decode_batch_of(policies[-1]),
-    )
+    decode_batch = decode_batch_of(policies[-1])
+    draws = Draws(images_per_prompt, policies[-1].sampling.steps, 0, max_batch, decode_batch)
     shown = [] if page is None else report.pictured(len(given))
     pictures: Pictures = {index: {role: [] for role in comparison.roles} for index in shown}
     console = plain_console()

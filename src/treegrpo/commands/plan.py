@@ -29,10 +29,10 @@ from treegrpo.models.folder import check_trainable
 if TYPE_CHECKING:
     from treegrpo.memory import Advice, Estimate
 
-_UNITS = {"": 1, "B": 1} | {
+_UNITS = {"": 1, "b": 1} | {
     f"{prefix}{ending}": base**power
-    for ending, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT", start=1)
+    for ending, base in (("b", 1000), ("ib", 1024))
+    for power, prefix in enumerate("kmgt", start=1)
 }
 
 
@@ -43,8 +43,7 @@ def parse_memory(text: str) -> int:
         UserError: it is none.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", text.strip())
-    units = {unit.lower(): size for unit, size in _UNITS.items()}
-    size = units.get(match[2].lower()) if match else None
+    size = _UNITS.get(match[2].lower()) if match else None
     result = int(float(match[1]) * size) if match and size else 0
     is_forgotten = match is not None and not match[2] and result < 10**6  # "24" is no 24 bytes
     if not result or is_forgotten:

@@ -29,10 +29,8 @@ BEST_SCORES = {
 
 
 def standard_error(scores: Tensor) -> float | None:
-    """Of the mean of scores [prompts, images]; None where one prompt says nothing about it.
-
-    It is taken over the prompts' means, since images of one prompt are not independent.
-    """
+    """Of the mean of scores [prompts, images], over the prompts' means, since images of one prompt
+    are not independent; None where one prompt says nothing about it."""
     means = scores.mean(1)
     return (means.std() / len(means) ** 0.5).item() if len(means) > 1 else None
 
@@ -101,12 +99,8 @@ class Figures:
 
 
 def compare(trained: Tensor, base: Tensor | None, best: float | None = None) -> Figures:
-    """The figures of scores that were drawn from the same noises.
-
-    Args:
-        trained, base: float64 [prompts, noises]; without a base the model stands alone.
-        best: the highest score there is, for the normalized score.
-    """
+    """The figures of scores, float64 [prompts, noises], of the same noises; `best` is the highest
+    score there is."""
     mean, error = _mean_and_error(trained)
     if base is None:
         return Figures(mean, error)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from treegrpo.report import style
 
+Records = Sequence[Mapping[str, float]]
 Numbers = NDArray[np.float64]
 
 # Inches.
@@ -43,8 +44,7 @@ class _Block:
 
     Attributes:
         images: float [prompts, n, 3, H, W] in [0, 1].
-        correct: bool [prompts, n]; None: unknown.
-        accuracy: in [0, 1].
+        correct: bool [prompts, n].
     """
 
     images: Tensor
@@ -194,13 +194,12 @@ def _put_mark(axes: Axes, right: bool, x: float, y: float) -> None:
     cross = [[(-0.028, -0.028), (0.028, 0.028)], [(-0.028, 0.028), (0.028, -0.028)]]
     for stroke in check if right else cross:
         xs, ys = zip(*((x + dx, y + dy) for dx, dy in stroke), strict=True)
-        ends: dict[str, Any] = {"solid_capstyle": "round", "solid_joinstyle": "round"}
-        axes.plot(xs, ys, color=paper, linewidth=1.4, zorder=6, **ends)
+        (line,) = axes.plot(xs, ys, color=paper, linewidth=1.4, zorder=6)
+        line.set(solid_capstyle="round", solid_joinstyle="round")
 
 
 def _write_legend(axes: Axes, x: float, y: float) -> None:
-    entries = ((True, "exactly what the prompt says"), (False, "something is wrong"))
-    for right, text in entries:
+    for right, text in ((True, "exactly what the prompt says"), (False, "something is wrong")):
         _put_mark(axes, right, x + 0.08, y)
         style.write(axes, (x + 0.24, y), text, color=style.MUTED)
         x += 2.5
@@ -218,8 +217,8 @@ _HEALTH = {
 
 def training_curve(
     path: Path,
-    metrics: Sequence[Mapping[str, float]],
-    evaluations: Sequence[Mapping[str, float]] = (),
+    metrics: Records,
+    evaluations: Records = (),
     rewards: Mapping[str, bool] | None = None,
 ) -> None:
     """Write a PNG with the reward (and accuracy) per iteration, and small panels of health.
@@ -236,7 +235,7 @@ def training_curve(
         ValueError: neither holds a reward or an accuracy.
     """
 
-    def has(key: str, *sources: Sequence[Mapping[str, float]]) -> bool:
+    def has(key: str, *sources: Records) -> bool:
         return any(len(_series(source, key)[0]) for source in sources)
 
     main = [key for key in ("accuracy", "reward") if has(key, metrics, evaluations)]
@@ -274,12 +273,7 @@ def _keys(panel: str) -> tuple[str, ...]:
     return ("ratio_min", "ratio_mean", "ratio_max") if panel == "ratio" else (panel,)
 
 
-def _draw_main(
-    axes: Axes,
-    metrics: Sequence[Mapping[str, float]],
-    evaluations: Sequence[Mapping[str, float]],
-    key: str,
-) -> None:
+def _draw_main(axes: Axes, metrics: Records, evaluations: Records, key: str) -> None:
     percent = key == "accuracy"
     _style_axes(axes, "share of pictures that are right" if percent else "mean reward", size=11)
     x, y = _series(metrics, key)
@@ -288,9 +282,8 @@ def _draw_main(
         _draw_smooth(axes, x, y, color=style.ACCENT, linewidth=2.2, label="training prompts")
     x, y = _series(evaluations, key)
     if len(x):
-        look: dict[str, Any] = {"marker": "o", "markersize": 6.5, "markeredgecolor": style.PAPER}
-        label = "held-out prompts"
-        axes.plot(x, y, color=style.GOOD, linewidth=1.2, zorder=4, label=label, **look)
+        (dots,) = axes.plot(x, y, color=style.GOOD, linewidth=1.2, label="held-out prompts")
+        dots.set(marker="o", markersize=6.5, markeredgecolor=style.PAPER, zorder=4)
         # The outer side of a curve that mostly rises or mostly falls is free of lines.
         rising = y[-1] >= y[0]
         for end, above in {0: not rising, len(x) - 1: rising}.items():
@@ -313,9 +306,7 @@ def _draw_main(
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _draw_rewards(
-    axes: Axes, metrics: Sequence[Mapping[str, float]], rewards: Mapping[str, bool]
-) -> None:
+def _draw_rewards(axes: Axes, metrics: Records, rewards: Mapping[str, bool]) -> None:
     _style_axes(axes, "each reward, in standard deviations above the untrained model", size=11)
     for (name, trained), color in zip(rewards.items(), cycle(style.SERIES), strict=False):
         x, y = _series(metrics, f"reward_normalized/{name}")
@@ -326,9 +317,8 @@ def _draw_rewards(
     axes.margins(x=0.05, y=0.15)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.16 * (high - low))  # room for the legend
-    axes.legend(
-        loc="upper left", ncols=3, frameon=False, fontsize=8, labelcolor=style.MUTED, borderpad=0
-    )
+    font = {"fontsize": 8, "labelcolor": style.MUTED}
+    axes.legend(loc="upper left", ncols=3, frameon=False, borderpad=0, **font)
     axes.yaxis.set_major_locator(MaxNLocator(5))
 
 
@@ -339,7 +329,7 @@ def _draw_smooth(axes: Axes, x: Numbers, y: Numbers, **how: Any) -> None:
     axes.plot(x, weights @ y / weights.sum(1), marker="o" if len(x) == 1 else "", **how)
 
 
-def _draw_health(axes: Axes, metrics: Sequence[Mapping[str, float]], panel: str) -> None:
+def _draw_health(axes: Axes, metrics: Records, panel: str) -> None:
     _style_axes(axes, _HEALTH[panel], size=9)
     shift, values = float(panel == "ratio"), []
     for key in _keys(panel):
@@ -369,7 +359,7 @@ def _style_axes(axes: Axes, title: str, size: float) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
-def _series(rows: Sequence[Mapping[str, float]], key: str) -> tuple[Numbers, Numbers]:
+def _series(rows: Records, key: str) -> tuple[Numbers, Numbers]:
     """Iterations and finite values of the rows that have the key."""
     points = [(row["iteration"], row[key]) for row in rows if row.get(key) is not None]
     x, y = np.array(points, dtype=np.float64).reshape(-1, 2).T

@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, to_rgb
@@ -122,14 +122,14 @@ def _check(
             )
     if not plan.stochastic_steps:
         raise ValueError("plan: got no stochastic step; there are no advantages to draw")
-    for step in plan.stochastic_steps:
-        shape = list(advantages[step].shape) if step in advantages else None
-        if shape != [plan.widths[step + 1]]:
-            raise ValueError(
-                f"advantages[{step}]: got shape {shape}; must be [{plan.widths[step + 1]}]"
-            )
-    if rewards.shape != (plan.leaves,):
-        raise ValueError(f"rewards: got shape {list(rewards.shape)}; must be [{plan.leaves}]")
+    lists = {
+        f"advantages[{step}]": (advantages.get(step), plan.widths[step + 1])
+        for step in plan.stochastic_steps
+    }
+    for name, (values, size) in {**lists, "rewards": (rewards, plan.leaves)}.items():
+        shape = None if values is None else list(values.shape)
+        if shape != [size]:
+            raise ValueError(f"{name}: got shape {shape}; must be [{size}]")
     if len(sigmas) != plan.steps + 1:
         raise ValueError(f"sigmas: got {len(sigmas)}; must be {plan.steps + 1}, one per level")
 
@@ -228,9 +228,9 @@ def _gap(plan: RolloutPlan, leaf: int) -> float:
 def _shade_window(axes: Axes, layout: _Layout) -> None:
     start, end = _window_radii(layout)
     degrees = math.degrees(layout.half_span) + 3
-    place = (layout.center, end, -90 - degrees, -90 + degrees)
-    look: dict[str, Any] = {"facecolor": style.SHADE, "edgecolor": "none", "zorder": 0}
-    axes.add_patch(Wedge(*place, width=end - start, **look))
+    wedge = Wedge(layout.center, end, -90 - degrees, -90 + degrees, width=end - start, zorder=0)
+    wedge.set(facecolor=style.SHADE, edgecolor="none")
+    axes.add_patch(wedge)
 
 
 def _window_radii(layout: _Layout) -> tuple[float, float]:
@@ -259,11 +259,12 @@ def _draw_edge(
         parent_angle = layout.angles[parent[0]][parent[1]] if inner > 0 else child_angle
         bends = [layout.polar(middle, parent_angle), layout.polar(middle, child_angle)]
         curve = Curve([start, *bends, end], [Curve.MOVETO] + [Curve.CURVE4] * 3)
+    patch = PathPatch(curve, facecolor="none", capstyle="round", zorder=2)
     if color is None:
-        look: dict[str, Any] = {"edgecolor": style.MUTED, "linewidth": 1.2, "ls": (0, (1, 1.8))}
+        patch.set(edgecolor=style.MUTED, linewidth=1.2, linestyle=(0, (1, 1.8)))
     else:
-        look = {"edgecolor": color, "linewidth": 1.6 + 4 * min(layout.sizes[child[0]])}
-    axes.add_patch(PathPatch(curve, facecolor="none", capstyle="round", zorder=2, **look))
+        patch.set(edgecolor=color, linewidth=1.6 + 4 * min(layout.sizes[child[0]]))
+    axes.add_patch(patch)
 
 
 def _write_rewards(axes: Axes, layout: _Layout, rewards: Tensor) -> None:
