@@ -28,7 +28,7 @@ ConfigArguments = Annotated[
         show_default=False,
     ),
 ]
-ModelArgument = Annotated[
+Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL", help='A diffusers folder, a hub name or "miniature".', show_default=False
@@ -64,8 +64,11 @@ def read_config(arguments: list[str] | None) -> Config:
 
 
 def check_model(model: str, field: str, *, weights: bool = True) -> None:
-    """Refuse a model that is neither "miniature", a usable folder (with its weights, if `weights`)
-    nor a hub's name; `field` is what it was given as, for the message.
+    """Refuse a model that is neither "miniature", a usable folder nor a hub's name.
+
+    Args:
+        field: what it was given as, for the message.
+        weights: whether a folder must hold them.
 
     Raises:
         UserError: names the field and the model.
@@ -97,12 +100,14 @@ def check_reward_of(field: str, name: str, options: dict[str, Any] | None = None
         raise UserError(f"{field}: {error}") from error
 
 
-def check_output(path: Path, option: str) -> None:
-    """Refuse a file that cannot be written.
+def check_output(path: Path | None, option: str) -> None:
+    """Refuse a file, if one is given, that cannot be written.
 
     Raises:
         UserError: names the option and the file.
     """
+    if path is None:
+        return
     if not path.parent.is_dir():
         raise UserError(f"{option}: no folder {path.parent} to write {path.name} in")
     if path.is_dir():

@@ -16,17 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 import yaml
 
-from treegrpo.commands.arguments import (
-    Column,
-    DType,
-    GuidanceScale,
-    MaxPrompts,
-    ModelArgument,
-    Steps,
-    check_model,
-    check_output,
-    check_reward_of,
-)
+from treegrpo.commands import arguments
 from treegrpo.config import ModelConfig, parse_yaml
 from treegrpo.errors import UserError
 from treegrpo.models.folder import INDEX_FILE, LORA_FILE, SAMPLING_FILE, read_json
@@ -47,7 +37,7 @@ _SECONDS_PER_WRITE = 5.0  # of the JSON, whose scores grow with every batch
 
 
 def evaluate(
-    model: ModelArgument,
+    model: arguments.Model,
     base: Annotated[
         str | None,
         typer.Option(
@@ -64,7 +54,7 @@ def evaluate(
             'file, or a dataset; "miniature": its held-out prompts.',
         ),
     ] = "miniature",
-    column: Column = "prompt",
+    column: arguments.Column = "prompt",
     rewards: Annotated[
         str | None,
         typer.Option(
@@ -85,11 +75,11 @@ def evaluate(
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Number of seeds of the noises: 0, 1, ...")] = 1,
     images_per_prompt: Annotated[int, typer.Option(min=1, help="Images per prompt and seed.")] = 2,
-    max_prompts: MaxPrompts = None,
-    steps: Steps = None,
-    guidance_scale: GuidanceScale = None,
+    max_prompts: arguments.MaxPrompts = None,
+    steps: arguments.Steps = None,
+    guidance_scale: arguments.GuidanceScale = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Most images sampled at once.")] = 16,
-    dtype: DType = "float32",
+    dtype: arguments.DType = "float32",
     json_file: Annotated[
         Path | None,
         typer.Option(
@@ -109,13 +99,13 @@ def evaluate(
     """
     given = load_prompts(prompts, "held_out", column)[:max_prompts]
     options = _read_rewards(rewards, reward or [], reward_options, prompts)
-    check_model(model, "MODEL")
+    arguments.check_model(model, "MODEL")
     if base is None:
         base = _known_base(model)
     elif base == "none":
         base = None
     else:
-        check_model(base, "--base")
+        arguments.check_model(base, "--base")
     page = _check_outputs(json_file, page)
 
     from treegrpo.console import plain_console
@@ -190,7 +180,7 @@ def _read_rewards(
     for name, field in fields:
         if names.count(name) > 1:
             raise UserError(f"{field}: {name!r} is given {names.count(name)} times")
-        check_reward_of(field, name, options.get(name))
+        arguments.check_reward_of(field, name, options.get(name))
     return {name: options.get(name, {}) for name in names}
 
 
@@ -211,24 +201,23 @@ def _known_base(model: str) -> str | None:
         return None
     if not isinstance(base, str):
         return None
-    check_model(base, place)
+    arguments.check_model(base, place)
     return base
 
 
 def _check_outputs(json_file: Path | None, page: Path | None) -> Path | None:
     """Refuse files that cannot be written; the page's own, where a folder is given."""
-    if json_file is not None:
-        check_output(json_file, "--json")
+    arguments.check_output(json_file, "--json")
     if page is None:
         return None
     if page.suffix.lower() in (".html", ".htm"):
         file = page
-        check_output(file, "--page")
+        arguments.check_output(file, "--page")
     else:
         if page.exists() and not page.is_dir():
             raise UserError(f"--page: {page} is a file; must be a folder, or a file named .html")
         file = page / "index.html"
-        check_output(file if page.is_dir() else page, "--page")
+        arguments.check_output(file if page.is_dir() else page, "--page")
     if json_file is not None and json_file.resolve() == file.resolve():
         raise UserError(f"--json and --page: both got {json_file}; must be two files")
     return file

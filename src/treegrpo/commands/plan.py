@@ -102,8 +102,7 @@ class Work:
 
 
 def count_work(config: Config, *, guided: bool, processes: int = 1) -> Work:
-    """The forwards of an iteration, on average: over the random window's distribution, else over
-    the run's iterations.
+    """Forwards on average over the random window's distribution, else over the run's iterations.
 
     Raises:
         PlanError: the window or the leaves do not fit.
@@ -149,8 +148,7 @@ def plan(
     limit = None if memory is None else parse_memory(memory)
     check_model(config.model.path, "model.path", weights=False)
     check_trainable(config.model.path)
-    if json_file is not None:
-        check_output(json_file, "--json")
+    check_output(json_file, "--json")
     config.check_shares(processes)
     method_of(config).checked_plans(config.train.iterations)
 

@@ -10,23 +10,14 @@ from typing import Annotated
 
 import typer
 
-from treegrpo.commands.arguments import (
-    Column,
-    DType,
-    GuidanceScale,
-    MaxPrompts,
-    ModelArgument,
-    Steps,
-    check_model,
-    check_output,
-)
+from treegrpo.commands import arguments
 from treegrpo.config import ModelConfig
 from treegrpo.errors import UserError
 from treegrpo.prompts import load_prompts
 
 
 def sample(
-    model: ModelArgument,
+    model: arguments.Model,
     prompt: Annotated[
         list[str] | None, typer.Option(help="A prompt; may be given several times.")
     ] = None,
@@ -36,13 +27,13 @@ def sample(
             metavar="FILE", help='Prompts from a file or dataset, as in training; or "miniature".'
         ),
     ] = None,
-    column: Column = "prompt",
-    max_prompts: MaxPrompts = None,
+    column: arguments.Column = "prompt",
+    max_prompts: arguments.MaxPrompts = None,
     count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the noises.")] = 0,
-    steps: Steps = None,
-    guidance_scale: GuidanceScale = None,
-    dtype: DType = "float32",
+    steps: arguments.Steps = None,
+    guidance_scale: arguments.GuidanceScale = None,
+    dtype: arguments.DType = "float32",
     out: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.")] = Path(
         "grid.png"
     ),
@@ -52,8 +43,8 @@ def sample(
         raise UserError("prompts: must be given by --prompt or by --prompts, not both")
     loaded = load_prompts(prompts, "held_out", column) if prompts else []
     texts = ([one.text for one in loaded] or list(prompt or []))[:max_prompts]
-    check_model(model, "MODEL")
-    check_output(out, "--out")
+    arguments.check_model(model, "MODEL")
+    arguments.check_output(out, "--out")
     if out.suffix.lower() != ".png":
         raise UserError(f"--out: got {out}; the picture is a PNG, so its name must end in .png")
 

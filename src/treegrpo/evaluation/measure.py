@@ -51,8 +51,7 @@ def sample_and_score(
     keep_folder: Path | None = None,
     failures: dict[str, str] | None = None,
 ) -> Iterator[Scored]:
-    """Images of the prompts in their order, as many at a time as `draws.max_batch` allows, with
-    their scores.
+    """Images and scores of the prompts in order, as many at a time as `draws.max_batch` allows.
 
     The noises depend on `draws` and on a prompt's place, not on the model or on `share`.
 

@@ -71,8 +71,7 @@ def score_into(
     draws: Draws,
     keep_folder: Path | None,
 ) -> Iterator[tuple[range, range, Tensor]]:
-    """Read a policy's weights and fill its scores in; a reward that fails is noted and not asked
-    again.
+    """Read a policy's weights and fill its scores in; a reward that fails is not asked again.
 
     Args:
         policy: without its weights.

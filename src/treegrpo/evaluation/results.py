@@ -29,8 +29,8 @@ BEST_SCORES = {
 
 
 def standard_error(scores: Tensor) -> float | None:
-    """Of the mean of scores [prompts, images], over the prompts' means, since images of one prompt
-    are not independent; None where one prompt says nothing about it."""
+    """Of the mean of scores [prompts, images]; None where one prompt says nothing about it."""
+    # Over the prompts' means, since images of one prompt are not independent.
     means = scores.mean(1)
     return (means.std() / len(means) ** 0.5).item() if len(means) > 1 else None
 
@@ -99,8 +99,7 @@ class Figures:
 
 
 def compare(trained: Tensor, base: Tensor | None, best: float | None = None) -> Figures:
-    """The figures of scores, float64 [prompts, noises], of the same noises; `best` is the highest
-    score there is."""
+    """The figures of scores [prompts, noises] of the same noises; `best` bounds all scores."""
     mean, error = _mean_and_error(trained)
     if base is None:
         return Figures(mean, error)

@@ -46,8 +46,8 @@ def decode_batch_of(policy: Policy) -> int:
 
 
 def prompts_noises(policy: Policy, draws: Draws) -> Iterator[Tensor]:
-    """Of one prompt after the other without end, each [images per prompt, *latent_shape]; they do
-    not depend on how prompts are batched."""
+    """Of one prompt after the other, without end, each [images per prompt, *latent_shape]."""
+    # Drawn prompt by prompt, they do not depend on how prompts are batched.
     generator = torch.Generator(policy.device).manual_seed(draws.seed)
     while True:
         yield policy.noise(draws.images_per_prompt, generator)

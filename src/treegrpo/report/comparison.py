@@ -227,8 +227,7 @@ def _controls(comparison: Comparison, rewards: Sequence[str], shown: int) -> str
 def _card(
     comparison: Comparison, usual: Mapping[str, float], index: int, images: Mapping[str, list[str]]
 ) -> str:
-    """A prompt's images, by model, and scores; beyond the `usual` size, by reward, a pair's
-    difference is worth a color."""
+    """A prompt's images, by model, and scores; differences beyond the `usual` ones have a color."""
     scores = {
         reward: {role: values[index].tolist() for role, values in comparison.scores[reward].items()}
         for reward in usual

@@ -54,8 +54,7 @@ class _Block:
 
 
 def image_grid(path: Path, prompts: Sequence[str], images: Tensor) -> None:
-    """Write a PNG, its folder made if need be, with one row per prompt: its text, then its images,
-    float [prompts, n, 3, H, W] in [0, 1].
+    """Write a PNG with one row per prompt: its text, its images [prompts, n, 3, H, W] in [0, 1].
 
     Raises:
         ValueError: the images' shape does not fit the prompts.

@@ -42,8 +42,7 @@ _LEAF_ANGLE = math.radians(30)
 
 
 def advantage_color(advantage: float, limit: float) -> Color:
-    """The color of an edge, red, green and blue in [0, 1]: grey at zero, greener up to `limit`,
-    more orange down to `-limit`."""
+    """An edge's red, green and blue in [0, 1]: grey at 0, green at `limit`, orange at `-limit`."""
     share = min(abs(advantage) / limit, 1.0) ** 0.75 if limit > 0 else 0.0
     ends = zip(
         to_rgb(style.NEUTRAL), to_rgb(style.GOOD if advantage > 0 else style.BAD), strict=True
