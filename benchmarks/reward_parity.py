@@ -370,7 +370,7 @@ def compare(name: str, python: str | None, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [python, __file__, "--score-original", folder, name, *["--quick"] * quick]
         answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        original = json.loads(answer.stdout.splitlines()[-1])
+        original: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
         if "missing" in original:
             return report | original
         started = time.perf_counter()

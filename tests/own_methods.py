@@ -79,7 +79,11 @@ class ForwardProcess(Method):
         # The samples are dealt out to the levels, as evenly as they go.
         steps = forest.plan.steps
         rows = [torch.arange(step, len(leaves), steps, device=device) for step in range(steps)]
-        split = [(step, row.split(update.micro_batch)) for step, row in enumerate(rows) if len(row)]
+        split = [
+            (step, torch.split(row, update.micro_batch))
+            for step, row in enumerate(rows)
+            if len(row)
+        ]
         parts = [(step, part) for step, some in split for part in some]
         for number, (step, part) in enumerate(parts, start=1):
             clean, weight = leaves[part.to(leaves.device)].to(device), weights[part]

@@ -219,6 +219,10 @@ def test_trained_lora_weights_load_with_diffusers(
         "sampling.json",
     }
 
+    model = ModelConfig(path=str(tmp_path), embedding_cache=None)
+    with pytest.raises(ModelError, match=r"model\.path: .* holds LoRA weights"):
+        load_weights(open_policy(model, device=torch.device("cpu")), model, train=True)
+
     pipeline = diffusers_pipeline(tiny_checkpoint)
     pipeline.load_lora_weights(str(tmp_path))
     exported = pipeline_images(pipeline, noise_of(policy))

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from treegrpo.config import PromptsConfig
 from treegrpo.prompts import (
     Prompt,
     PromptError,
@@ -26,7 +27,7 @@ def numbered(count: int) -> list[Prompt]:
 
 
 def test_the_embedded_splits_are_there_and_disjoint() -> None:
-    train, held_out = load_train_and_held_out("miniature", None, held_out_share=0.5)
+    train, held_out = load_train_and_held_out(PromptsConfig(held_out_share=0.5))
     assert train == load_prompts("miniature", "train")
     assert held_out == load_prompts("miniature", "held_out")
     assert train
@@ -59,12 +60,10 @@ def test_a_run_without_held_out_prompts_takes_a_share_of_its_own(tmp_path: Path)
     own, other = tmp_path / "own.txt", tmp_path / "other.csv"
     own.write_text("".join(f"{index}\n" for index in range(50)))
     other.write_text("Caption\n7\nseven\n")
-    assert load_train_and_held_out(str(own), None, held_out_share=0.3) == split_prompts(
-        numbered(50), 0.3
-    )
-    train, held_out = load_train_and_held_out(
-        str(own), str(other), held_out_share=0.3, held_out_column="caption"
-    )
+    alone = PromptsConfig(train=str(own), held_out_share=0.3)
+    assert load_train_and_held_out(alone) == split_prompts(numbered(50), 0.3)
+    both = PromptsConfig(train=str(own), held_out=str(other), held_out_column="caption")
+    train, held_out = load_train_and_held_out(both)
     assert (train, held_out) == (numbered(50), [Prompt("7"), Prompt("seven")])
     assert overlap(train, held_out) == ["7"]
 

@@ -17,7 +17,7 @@ import torch
 from command_line import CommandLine
 from diffusers import SD3Transformer2DModel
 
-from treegrpo import checkpoint, cli
+from treegrpo import checkpoint, cli, run_folder
 from treegrpo.config import load_config
 from treegrpo.rewards import http
 from treegrpo.run_folder import read_lines
@@ -152,9 +152,9 @@ def assert_same_course(run: Path, expected: Path) -> None:
         records = read_lines(folder / name)
         return [{k: v for k, v in one.items() if not TIMES.match(k)} for one in records]
 
-    for name in (checkpoint.METRICS_FILE, checkpoint.EVALUATIONS_FILE):
+    for name in (run_folder.METRICS_FILE, run_folder.EVALUATIONS_FILE):
         assert figures(run, name) == figures(expected, name)
-    records = figures(run, checkpoint.METRICS_FILE)
+    records = figures(run, run_folder.METRICS_FILE)
     assert len(records) == ITERATIONS
     assert all(record["reward_std_within_group/composition"] > 0 for record in records)
     states = [checkpoint.load_state(folder) for folder in (run, expected)]
@@ -224,9 +224,9 @@ def test_a_batch_is_sampled_while_the_one_before_is_scored(
     begun = [threading.Event() for _ in range(PROMPTS)]
     sample, scored = run.collector._grow, iter(range(PROMPTS))
 
-    def rollout(prompts: Any, numbers: Sequence[int], shape: Any) -> Any:
+    def rollout(prompts: Any, numbers: Sequence[int], plan: Any, iteration: int) -> Any:
         begun[numbers[0]].set()
-        return sample(prompts, numbers, shape)
+        return sample(prompts, numbers, plan, iteration)
 
     class Slow:
         concurrent = True

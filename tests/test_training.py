@@ -477,7 +477,8 @@ def test_a_gradient_that_is_not_finite_is_not_followed(configure: Callable[..., 
     run = build(configure())
     before = weights_of(run)
     run.progress.iteration = 1  # where nobody looks at the first ratio
-    run.policy.network.proj_out.register_forward_hook(
+    network: Any = run.policy.network
+    network.proj_out.register_forward_hook(
         lambda module, inputs, output: output * torch.nan if torch.is_grad_enabled() else output
     )
     with pytest.raises(UserError, match="the gradient of iteration 1 is not finite"):
@@ -594,6 +595,19 @@ def test_a_run_that_would_not_fit_is_refused_first(
     with pytest.raises(RunError, match=r"output: .* has 1 MiB free, but .* need about \d+ MiB"):
         train(config)
     assert not (config.output / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("average", ["null", "0.5"])
+def test_what_a_checkpoint_takes_is_known_before(
+    configure: Callable[..., Config], average: str
+) -> None:
+    config = configure(f"train.ema_decay={average}")
+    run, _ = iterated(config, 1)  # from then on the optimizer has moments
+    config.output.mkdir()
+    run.save()
+    # Beside the tensors, a file says what they are.
+    written = (config.output / STATE_FILE).stat().st_size
+    assert 0.7 * written < run.learner.state_bytes() < written
 
 
 def test_a_full_disk_leaves_the_earlier_checkpoint(

@@ -40,9 +40,9 @@ import treegrpo.images
 import treegrpo.objective
 import treegrpo.report.pictures
 import treegrpo.rollout
-from treegrpo import checkpoint
+from treegrpo import checkpoint, run_folder
 from treegrpo.config import Config, load_config
-from treegrpo.models.policy import quiet_libraries
+from treegrpo.models.switches import quiet_libraries
 from treegrpo.report.run import TrainingResult
 from treegrpo.rollout import Rollout
 from treegrpo.training.loop import train
@@ -331,15 +331,15 @@ class Observer:
 
 
 def _told(seen: _Seen, folder: Path, run: Path, messages: str) -> Observations:
-    metrics = checkpoint.read_lines(run / checkpoint.METRICS_FILE)
-    evaluations = checkpoint.read_lines(run / checkpoint.EVALUATIONS_FILE)
+    metrics = run_folder.read_lines(run / run_folder.METRICS_FILE)
+    evaluations = run_folder.read_lines(run / run_folder.EVALUATIONS_FILE)
     state = checkpoint.load_state(run)
     forests = [treegrpo.rollout.join(parts) for parts in seen.forests.values()]
     moments = state["optimizer"]["state"].values()
     average = state["average"]
     calls = {phase: seen.rewards.get(phase, []) for phase in ("rollout", "evaluation")}
-    weights = sorted((run / checkpoint.MODEL_FOLDER).rglob("*.safetensors"))
-    trained = [p for p in weights if p.parent.name in ("transformer", checkpoint.MODEL_FOLDER)]
+    weights = sorted((run / run_folder.MODEL_FOLDER).rglob("*.safetensors"))
+    trained = [p for p in weights if p.parent.name in ("transformer", run_folder.MODEL_FOLDER)]
     movement = [
         after - start for after, start in zip(state["parameters"], seen.initial, strict=True)
     ]
@@ -420,7 +420,7 @@ def _told(seen: _Seen, folder: Path, run: Path, messages: str) -> Observations:
             for path in folder.rglob("*")
             if path.is_file()
         ),
-        "sampling": json.loads((run / checkpoint.MODEL_FOLDER / "sampling.json").read_text()),
+        "sampling": json.loads((run / run_folder.MODEL_FOLDER / "sampling.json").read_text()),
         "progress": re.findall(r"^iteration (\d+)/(\d+)", messages, re.MULTILINE),
         "messages": re.sub(r"\d+", "N", messages),
     }

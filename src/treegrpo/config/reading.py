@@ -15,13 +15,11 @@ import yaml
 from pydantic import ValidationError
 
 from treegrpo.config.schema import Config, config_class
-from treegrpo.config.wording import ConfigError, in_words
+from treegrpo.config.wording import METHOD_SECTIONS, ConfigError, in_words
 from treegrpo.errors import UserError
 from treegrpo.methods.registry import DEFAULT
 from treegrpo.settings import shown
 from treegrpo.textfile import read_utf8
-
-METHOD_SECTIONS = ("rollout", "advantage", "objective")
 
 
 def load_config(path: Path | None, overrides: list[str]) -> Config:

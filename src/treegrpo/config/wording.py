@@ -18,6 +18,8 @@ from treegrpo.errors import UserError
 from treegrpo.methods.registry import BUILT_IN
 from treegrpo.settings import section_of, shown
 
+METHOD_SECTIONS = ("rollout", "advantage", "objective")
+
 
 class ConfigError(UserError):
     """The configuration cannot be used; the message lists every problem, one per line."""
@@ -84,14 +86,15 @@ def in_words(errors: Sequence[ErrorDetails], config: type[Config]) -> list[str]:
         errors: of pydantic.
         config: what was validated.
     """
-    no_method = any(error["loc"] == ("rollout", "method") for error in errors)
-    lines = []
-    for error in errors:
+    missing = next((str(e["input"]) for e in errors if e["loc"] == ("rollout", "method")), "")
+
+    def may_be_meant(error: ErrorDetails) -> bool:
+        """Whether it is about a key that the method which is not found may well have."""
         key = ".".join(map(str, error["loc"]))
-        if no_method and error["type"] == "extra_forbidden" and methods_with(key):
-            continue  # it may well be a key of the method that was meant
-        lines.append(_line(error, config))
-    return lines
+        is_unknown = error["type"] == "extra_forbidden" and error["loc"][0] in METHOD_SECTIONS
+        return bool(missing) and is_unknown and (":" in missing or bool(methods_with(key)))
+
+    return [_line(error, config) for error in errors if not may_be_meant(error)]
 
 
 def _line(details: ErrorDetails, config: type[Config]) -> str:

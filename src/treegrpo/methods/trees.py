@@ -96,16 +96,16 @@ class BranchSettings(FinalStepSettings):
     @classmethod
     def _splits_fit(cls, split_steps: list[int] | None, info: ValidationInfo) -> list[int] | None:
         steps, branching = info.data.get("steps"), info.data.get("branching")
-        if steps is None or branching is None:
+        if split_steps is None or steps is None:
             return split_steps
-        if split_steps is not None and max(split_steps) >= steps:
+        if max(split_steps) >= steps:
             allowed = f"must be steps from 0 to {steps - 1} (rollout.steps is {steps})"
             raise problem(split_steps, allowed)
-        if split_steps is not None and sorted(set(split_steps)) != split_steps:
+        if sorted(set(split_steps)) != split_steps:
             raise problem(split_steps, "must be in increasing order, each step once")
-        splits = len(split_steps or _default_splits(steps))
-        formula = "branching^(number of split_steps)"
-        _check_leaves(info.data.get("max_leaves"), 1, branching, splits, formula)
+        if branching is not None:
+            formula = "branching^(number of split_steps)"
+            _check_leaves(info.data.get("max_leaves"), 1, branching, len(split_steps), formula)
         return split_steps
 
 
@@ -122,7 +122,7 @@ class BranchGRPO(PolicyGradient):
         return plan.branch_grpo(
             settings.steps,
             branching=settings.branching,
-            split_steps=settings.split_steps or _default_splits(settings.steps),
+            split_steps=settings.split_steps or [s for s in (0, 3, 6, 9) if s < settings.steps],
             deterministic_final_step=settings.deterministic_final_step,
         )
 
@@ -133,10 +133,6 @@ class BranchGRPO(PolicyGradient):
         leaves, settings = self.leaf_advantages(scores), self.advantage
         edges = depth_normalized(leaves, forest.plan, ddof=settings.ddof, eps=settings.eps)
         return Credit.of(leaves, edges)
-
-
-def _default_splits(steps: int) -> list[int]:
-    return [step for step in (0, 3, 6, 9) if step < steps]
 
 
 def _check_leaves(

@@ -3,8 +3,7 @@
 Training, evaluation and the memory estimate all come through here: `open_policy` reads
 configurations and refuses what can be refused, `load_weights` reads (or makes up) the weights.
 
-Left out: whether a folder can be trained from (`folder.check_trainable`), and the device, which the
-caller chooses.
+Left out: the device, which the caller chooses.
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from treegrpo.models.folder import (
     ModelError,
     check_checkpoint,
     check_family,
+    check_trainable,
     read_json,
     resolve,
 )
@@ -120,8 +120,11 @@ def load_weights(
         read: gives the components; None: reads them from the checkpoint to the policy's device.
 
     Raises:
-        ModelError: the weights cannot be read, or some are missing.
+        ModelError: the weights cannot be read, or some are missing; or adapters alone are there to
+            train.
     """
+    if train:
+        check_trainable(model.path)
     read = read or partial(policy.checkpoint.read, device=policy.device)
     all_trained = train and not model.lora_rank
     policy.network = read(policy.network_name, torch.float32 if all_trained else policy.dtype)
