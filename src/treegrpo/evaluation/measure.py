@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,21 +24,6 @@ FRAMES = 4
 """Of a video, that a reward is asked about."""
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Some prompts' images and what the rewards say of them.
-
-    Attributes:
-        indices: of the prompts.
-        images: as `sample` gives them.
-        scores: reward name to float32 [prompts, images per prompt], on the CPU.
-    """
-
-    indices: range
-    images: Tensor
-    scores: dict[str, Tensor]
-
-
 def sample_and_score(
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -50,7 +34,7 @@ def sample_and_score(
     frames: Mapping[str, int] | None = None,
     keep_folder: Path | None = None,
     failures: dict[str, str] | None = None,
-) -> Iterator[Scored]:
+) -> Iterator[tuple[range, Tensor, dict[str, Tensor]]]:
     """Images and scores of the prompts in order, as many at a time as `draws.max_batch` allows.
 
     The noises depend on `draws` and on a prompt's place, not on the model or on `share`.
@@ -61,6 +45,10 @@ def sample_and_score(
         frames: by reward, how many of a video's it is asked about; `FRAMES` if not given.
         keep_folder: where a failing reward leaves its images.
         failures: where a reward that fails is noted; it is not asked again. None: it is raised.
+
+    Yields:
+        Indices of prompts, their images as `sample` gives them, and by reward their scores, float32
+        [prompts, images per prompt] on the CPU.
 
     Raises:
         RewardError: a reward failed, and `failures` is None.
@@ -89,7 +77,7 @@ def sample_and_score(
                 failures[name] = str(error)
             else:
                 scores[name] = values.view(len(part), count).cpu()
-        yield Scored(indices, images, scores)
+        yield indices, images, scores
 
 
 def evaluate(
@@ -116,13 +104,13 @@ def evaluate(
     # Of no prompts at first: a process's share may be empty.
     scores = {name: [torch.empty(0, draws.images_per_prompt)] for name in rewards}
     kept = [torch.empty(0, draws.images_per_prompt, 3, *policy.sampling.size)]
-    for part in sample_and_score(
+    for indices, images, scored in sample_and_score(
         policy, prompts, rewards, draws, share=share, frames=frames, keep_folder=keep_folder
     ):
-        for name, values in part.scores.items():
+        for name, values in scored.items():
             scores[name].append(values)
-        wanted = [index - part.indices.start for index in sorted(keep) if index in part.indices]
-        kept.append(middle_frames(part.images[wanted]).cpu())
+        wanted = [index - indices.start for index in sorted(keep) if index in indices]
+        kept.append(middle_frames(images[wanted]).cpu())
     return Evaluation(
         tuple(prompts[index].text for index in share),
         {name: torch.cat(parts) for name, parts in scores.items()},

@@ -87,7 +87,7 @@ def score_into(
     load_weights(policy, model, train=False)
     for seed in range(comparison.noises // draws.images_per_prompt):
         start, stop = seed * draws.images_per_prompt, (seed + 1) * draws.images_per_prompt
-        for part in sample_and_score(
+        for indices, images, scored in sample_and_score(
             policy,
             comparison.prompts,
             rewards,
@@ -95,10 +95,10 @@ def score_into(
             keep_folder=keep_folder,
             failures=comparison.failures,
         ):
-            for name, values in part.scores.items():
+            for name, values in scored.items():
                 scores = comparison.scores[name][role]
-                scores[part.indices.start : part.indices.stop, start:stop] = values.double()
-            yield part.indices, range(start, stop), part.images
+                scores[indices.start : indices.stop, start:stop] = values.double()
+            yield indices, range(start, stop), images
 
 
 def describe_sampling(policy: Policy) -> dict[str, Any]:
