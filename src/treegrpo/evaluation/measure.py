@@ -77,6 +77,7 @@ def sample_and_score(
                 failures[name] = str(error)
             else:
                 scores[name] = values.view(len(part), count).cpu()
+        del pictures  # room for the next batch's
         yield indices, images, scores
 
 
