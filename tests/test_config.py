@@ -5,9 +5,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from treegrpo.config import Config, ConfigError, describe_fields, load_config, to_yaml
+from treegrpo.config import Config, ConfigError, describe_fields, load_config, method_of, to_yaml
 from treegrpo.config.wording import methods_with
-from treegrpo.methods import method_of
 from treegrpo.rewards import check_reward
 
 

@@ -18,9 +18,8 @@ import toy_rewards
 from diffusers import SD3Transformer2DModel
 
 from treegrpo import checkpoint, cli
-from treegrpo.config import Config, ModelConfig, load_config
+from treegrpo.config import Config, ModelConfig, load_config, method_of
 from treegrpo.errors import UserError
-from treegrpo.methods import method_of
 from treegrpo.models.folder import ModelError
 from treegrpo.models.opening import load_policy
 from treegrpo.prompts import PromptError

@@ -20,10 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from treegrpo.commands.arguments import ConfigArguments, check_model, check_output, read_config
-from treegrpo.config import Config
+from treegrpo.config import Config, method_of
 from treegrpo.console import plain_console
 from treegrpo.errors import UserError
-from treegrpo.methods import method_of
 from treegrpo.models.folder import check_trainable
 
 if TYPE_CHECKING:

@@ -10,14 +10,8 @@ from typing import Annotated
 
 import typer
 
-from treegrpo.commands.arguments import (
-    ConfigArguments,
-    check_model,
-    check_reward_of,
-    read_config,
-)
-from treegrpo.config import Config, to_yaml
-from treegrpo.methods import method_of
+from treegrpo.commands.arguments import ConfigArguments, check_model, check_reward_of, read_config
+from treegrpo.config import Config, method_of, to_yaml
 from treegrpo.models.folder import check_trainable
 from treegrpo.prompts import load_train_and_held_out
 from treegrpo.run_folder import check_run_folder

@@ -110,10 +110,11 @@ def _line(details: ErrorDetails, config: type[Config]) -> str:
     if kind == "extra_forbidden":
         methods = methods_with(key_path)
         if methods:
+            listed = " and ".join(filter(None, [", ".join(methods[:-1]), methods[-1]]))
             mine = config.model_fields["rollout"].get_default(call_default_factory=True).method
             return (
                 f"{key_path}: {mine} has no such setting; "
-                f"{' and '.join(methods)} {'has' if len(methods) == 1 else 'have'}"
+                f"{listed} {'has' if len(methods) == 1 else 'have'}"
             )
         return f"{key_path}: unknown key; {_suggest(location, config)}"
     if kind == "missing":

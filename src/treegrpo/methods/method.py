@@ -168,9 +168,9 @@ class Method(ABC):
             each.plan.check_leaves(self.rollout.max_leaves)
             if self.needs_edges and not each.plan.stochastic_steps:
                 raise PlanError(
-                    f"rollout.method: {self.rollout.method} learns from stochastic steps, and its "
-                    f"plan of {each.plan.steps} steps has none; raise rollout.steps or make its "
-                    "last step stochastic (deterministic_final_step=false)"
+                    f"rollout.method: {self.rollout.method} learns from stochastic steps, of which "
+                    f"its plan has none (rollout.steps is {each.plan.steps}); raise rollout.steps "
+                    "or make the last step stochastic (deterministic_final_step=false)"
                 )
         return shares
 

@@ -13,7 +13,6 @@ from treegrpo.errors import UserError
 from treegrpo.naming import import_attribute
 
 if TYPE_CHECKING:
-    from treegrpo.config import Config
     from treegrpo.methods.method import Method
 
 BUILT_IN = {
@@ -50,9 +49,3 @@ def find_method(name: str) -> type[Method]:
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise UserError(f"{name!r} is no method; must be a subclass of treegrpo.methods.Method")
     return found
-
-
-def method_of(config: Config) -> Method:
-    """The method that a configuration asks for, with its settings."""
-    method = find_method(config.rollout.method)
-    return method(config.rollout, config.advantage, config.objective, seed=config.train.seed)

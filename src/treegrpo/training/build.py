@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from treegrpo import checkpoint
-from treegrpo.config import Config
+from treegrpo.config import Config, method_of
 from treegrpo.evaluation.measure import evaluate
 from treegrpo.evaluation.results import Evaluation
 from treegrpo.evaluation.sampling import Draws
 from treegrpo.images import evenly_spaced
-from treegrpo.methods import Method, method_of
+from treegrpo.methods import Method
 from treegrpo.models.export import export, export_bytes
 from treegrpo.models.folder import check_trainable
 from treegrpo.models.opening import load_weights, open_policy
