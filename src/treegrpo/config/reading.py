@@ -15,11 +15,13 @@ import yaml
 from pydantic import ValidationError
 
 from treegrpo.config.schema import Config, config_class
-from treegrpo.config.wording import METHOD_SECTIONS, ConfigError, in_words
+from treegrpo.config.wording import ConfigError, in_words
 from treegrpo.errors import UserError
 from treegrpo.methods.registry import DEFAULT
 from treegrpo.settings import shown
 from treegrpo.textfile import read_utf8
+
+METHOD_SECTIONS = ("rollout", "advantage", "objective")
 
 
 def load_config(path: Path | None, overrides: list[str]) -> Config:
@@ -62,11 +64,19 @@ def validated(data: dict[str, Any]) -> Config:
     Raises:
         ConfigError: lists every problem.
     """
-    config = _class_of(_method(data))
+    method, config, problems = _method(data), Config, []
     try:
-        return config.model_validate(data)
+        config = config_class(method)
+    except UserError as error:
+        problems.append(f"rollout.method: got {shown(method)}; {error}")
+        # What they should hold is not known.
+        data = {name: value for name, value in data.items() if name not in METHOD_SECTIONS}
+    try:
+        result = config.model_validate(data)
     except ValidationError as error:
-        problems = in_words(error.errors(), config)
+        problems += [in_words(details, config) for details in error.errors()]
+    if not problems:
+        return result
     if len(problems) == 1:
         raise ConfigError(problems[0])
     lines = "".join(f"\n  {problem}" for problem in problems)

@@ -6,7 +6,7 @@ Left out: the configuration itself (`schema.py`).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cache
 from typing import Literal, get_args, get_origin
 
@@ -17,8 +17,6 @@ from treegrpo.config.schema import Config, config_class
 from treegrpo.errors import UserError
 from treegrpo.methods.registry import BUILT_IN
 from treegrpo.settings import section_of, shown
-
-METHOD_SECTIONS = ("rollout", "advantage", "objective")
 
 
 class ConfigError(UserError):
@@ -81,25 +79,8 @@ def _fields(section: type[BaseModel], prefix: str = "") -> dict[str, tuple[str, 
     return found
 
 
-def in_words(errors: Sequence[ErrorDetails], config: type[Config]) -> list[str]:
-    """A line for each problem that validation found.
-
-    Args:
-        errors: of pydantic.
-        config: what was validated.
-    """
-    missing = next((str(e["input"]) for e in errors if e["loc"] == ("rollout", "method")), "")
-
-    def may_be_meant(error: ErrorDetails) -> bool:
-        """Whether it is about a key that the method which is not found may well have."""
-        key = ".".join(map(str, error["loc"]))
-        is_unknown = error["type"] == "extra_forbidden" and error["loc"][0] in METHOD_SECTIONS
-        return bool(missing) and is_unknown and (":" in missing or bool(methods_with(key)))
-
-    return [_line(error, config) for error in errors if not may_be_meant(error)]
-
-
-def _line(details: ErrorDetails, config: type[Config]) -> str:
+def in_words(details: ErrorDetails, config: type[Config]) -> str:
+    """A problem that pydantic found in such a configuration, as a line."""
     kind, context = details["type"], details.get("ctx", {})
     location = [str(key) for key in details["loc"]]
     if kind == "inconsistent":

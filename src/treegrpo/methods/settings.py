@@ -12,8 +12,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from treegrpo.errors import UserError
-from treegrpo.methods.registry import find_method
 from treegrpo.settings import (
     FREE_ON_RESUME,
     AtLeastOne,
@@ -51,15 +49,6 @@ class RolloutSettings(Section):
     offload: Annotated[bool, FREE_ON_RESUME] = False
     """Keep states and images in the CPU's memory, so that the device's does not grow with their
     number."""
-
-    @field_validator("method")
-    @classmethod
-    def _method_exists(cls, method: str) -> str:
-        try:
-            find_method(method)
-        except UserError as error:
-            raise problem(method, str(error)) from error
-        return method
 
     @property
     def decoded_at_once(self) -> int:
