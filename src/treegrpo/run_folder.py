@@ -44,7 +44,7 @@ _WRITTEN = (
     *PICTURE_FILES,
 )
 
-# Of a reward: how it is asked, not what it answers. A server may come back at another address.
+# Options that say how a reward is asked, not what it answers: a server may have moved.
 _FREE_OPTIONS = {
     "batch_size",
     "concurrency",

@@ -72,7 +72,7 @@ class PlanWork:
 
 @dataclass(frozen=True)
 class Work:
-    """Of an iteration.
+    """The work of an iteration.
 
     A forward is one row through the network; classifier-free guidance makes two rows of it.
 

@@ -50,6 +50,6 @@ def _check(config: Config, *, resume: bool, overwrite: bool) -> None:
         check_reward_of(f"rewards.{index}.name", reward.name, reward.options)
     check_model(config.model.path, "model.path")
     check_trainable(config.model.path)
-    # Of several processes only the first looks: the others may start after it has begun to write.
+    # Where there are several processes, the others may start after the first has begun to write.
     if os.environ.get("RANK", "0") == "0":
         check_run_folder(config, resume=resume, overwrite=overwrite)

@@ -100,7 +100,7 @@ def _method(data: dict[Any, Any]) -> str:
 
 
 def _class_of(method: str) -> type[Config]:
-    """Of the default method where there is no such method, which validation then tells."""
+    """The configuration of a method; of the default one where there is none of that name."""
     try:
         return config_class(method)
     except UserError:

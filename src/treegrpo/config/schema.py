@@ -162,7 +162,7 @@ class PromptsConfig(Section):
     column: Name = "prompt"
     """The column with the prompt; the other columns become metadata for rewards."""
     held_out_column: Name | None = None
-    """That of held_out; null: the same."""
+    """The column with the prompt in held_out; null: the same as in train."""
 
 
 class EvaluationConfig(Section):

@@ -28,34 +28,20 @@ def describe_fields() -> Iterator[tuple[str, str, str]]:
 
     Those of all built-in methods; where only some have a field, its sentence ends with their names.
     """
-    for key, (default, sentence) in _fields(Config).items():
-        section = key.partition(".")[0]
-        yield key, default, _with_methods(key, sentence)
-        last = [k for k in _fields(Config) if k.partition(".")[0] == section][-1]
-        if key == last:
-            for other, (its_default, its_sentence) in _other_fields(section).items():
-                yield other, its_default, _with_methods(other, its_sentence)
+    every = dict(_fields(Config))
+    for method in BUILT_IN:
+        every |= {k: v for k, v in _fields(config_class(method)).items() if k not in every}
+    sections = list(Config.model_fields)
+    for key in sorted(every, key=lambda key: sections.index(key.partition(".")[0])):
+        default, sentence = every[key]
+        methods = methods_with(key)
+        of = "" if len(methods) == len(BUILT_IN) else f" Of {', '.join(methods)}."
+        yield key, default, sentence + of
 
 
 def methods_with(key: str) -> list[str]:
     """The built-in methods that have a key."""
     return [method for method in BUILT_IN if key in _fields(config_class(method))]
-
-
-def _with_methods(key: str, sentence: str) -> str:
-    methods = methods_with(key)
-    return sentence if len(methods) == len(BUILT_IN) else f"{sentence} Of {', '.join(methods)}."
-
-
-def _other_fields(section: str) -> dict[str, tuple[str, str]]:
-    """Those of a section that the default method does not have."""
-    own = _fields(Config)
-    others: dict[str, tuple[str, str]] = {}
-    for method in BUILT_IN:
-        for key, described in _fields(config_class(method)).items():
-            if key not in own and key.startswith(f"{section}."):
-                others.setdefault(key, described)
-    return others
 
 
 @cache

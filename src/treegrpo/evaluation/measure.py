@@ -21,7 +21,7 @@ from treegrpo.prompts import Prompt
 from treegrpo.rewards import Reward, RewardError, score
 
 FRAMES = 4
-"""Of a video, that a reward is asked about."""
+"""How many frames of a video a reward is asked about."""
 
 
 def sample_and_score(
@@ -102,7 +102,7 @@ def evaluate(
     """
     start = time.perf_counter()
     share = range(len(prompts)) if share is None else share
-    # Of no prompts at first: a process's share may be empty.
+    # Begun with none, because a process's share may be empty.
     scores = {name: [torch.empty(0, draws.images_per_prompt)] for name in rewards}
     kept = [torch.empty(0, draws.images_per_prompt, 3, *policy.sampling.size)]
     for indices, images, scored in sample_and_score(

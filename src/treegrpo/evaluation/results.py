@@ -29,7 +29,7 @@ BEST_SCORES = {
 
 
 def standard_error(scores: Tensor) -> float | None:
-    """Of the mean of scores [prompts, images]; None where one prompt says nothing about it."""
+    """Standard error of the mean of scores [prompts, images]; None for a single prompt."""
     # Over the prompts' means, since images of one prompt are not independent.
     means = scores.mean(1)
     return (means.std() / len(means) ** 0.5).item() if len(means) > 1 else None
@@ -58,12 +58,12 @@ class Evaluation:
         return self.scores[name].mean().item()
 
     def standard_error(self, name: str) -> float:
-        """Of that mean; 0 for a single prompt."""
+        """Standard error of that mean; 0 for a single prompt."""
         return standard_error(self.scores[name]) or 0.0
 
     @staticmethod
     def join(parts: Sequence[Evaluation]) -> Evaluation:
-        """Of all prompts, from evaluations of consecutive shares of them, made at the same time."""
+        """One evaluation of all prompts, from those of consecutive shares, made at the same time."""
         return Evaluation(
             tuple(prompt for part in parts for prompt in part.prompts),
             {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
@@ -75,7 +75,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Figures:
-    """Of one reward.
+    """What one reward says of a model, beside its base where there is one.
 
     Standard errors are over prompts; with a single prompt they are None. Without a base, all that
     compares is None.
@@ -152,7 +152,7 @@ class Comparison:
         return [TRAINED] if self.base is None else [BASE, TRAINED]
 
     def figures(self) -> dict[str, Figures]:
-        """Of the rewards that have scored every image."""
+        """Reward name to figures, for rewards that have scored every image."""
         return {
             reward: compare(models[TRAINED], models.get(BASE), BEST_SCORES.get(reward))
             for reward, models in self.scores.items()

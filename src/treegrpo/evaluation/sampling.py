@@ -46,7 +46,7 @@ def decode_batch_of(policy: Policy) -> int:
 
 
 def prompts_noises(policy: Policy, draws: Draws) -> Iterator[Tensor]:
-    """Of one prompt after the other, without end, each [images per prompt, *latent_shape]."""
+    """Noises [images per prompt, *latent_shape], for one prompt after the other without end."""
     # Drawn prompt by prompt, they do not depend on how prompts are batched.
     generator = torch.Generator(policy.device).manual_seed(draws.seed)
     while True:

@@ -47,7 +47,7 @@ class DDPO(FlowGRPO):
 
 
 class DanceGRPO(PolicyGradient):
-    """As Flow-GRPO, but the group shares its first noise."""
+    """Flow-GRPO whose groups share their first noise."""
 
     rollout_settings = FlatSettings
     rollout: FlatSettings

@@ -120,7 +120,7 @@ class Method(ABC):
     first_update_metrics: ClassVar[tuple[str, ...]] = ()
     """Figures of the losses of which an iteration's record shows the first update's alone."""
     reduction: Reduction = "mean"
-    """Of log-probabilities over a state's dimensions."""
+    """How a log-probability is reduced over a state's dimensions."""
     keep_means: bool = False
     """Whether the losses need the Gaussian means with which the forest was sampled."""
     needs_reference: bool = False

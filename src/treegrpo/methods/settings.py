@@ -57,7 +57,7 @@ class RolloutSettings(Section):
 
 
 class FinalStepSettings(RolloutSettings):
-    """Of methods that train every step."""
+    """How methods that train every step grow samples."""
 
     deterministic_final_step: bool = False
     """Make the last step deterministic; cps and ddim need it where the schedule ends at sigma 0, so
@@ -65,7 +65,7 @@ class FinalStepSettings(RolloutSettings):
 
 
 class GroupSettings(RolloutSettings):
-    """Of methods whose samples are trajectories of their own."""
+    """How methods whose samples are trajectories of their own grow them."""
 
     group_size: AtLeastOne = 27
     """Samples per prompt."""
@@ -99,7 +99,7 @@ class ObjectiveSettings(Section):
 
 
 class ClippedSettings(ObjectiveSettings):
-    """Of methods that maximize the clipped objective."""
+    """What methods that maximize the clipped objective let one choose."""
 
     clip_low: Annotated[float, Field(gt=0, le=1)] = 1e-4
     """The ratio counts down to 1 - clip_low."""

@@ -20,7 +20,7 @@ from treegrpo.settings import AtLeastOne, AtLeastZero, problem
 
 
 class WindowSettings(RolloutSettings):
-    """Of methods that train a window of steps."""
+    """How methods that train a window of steps grow samples."""
 
     window_size: AtLeastOne = 3
     """Consecutive stochastic, trained steps."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Pair = tuple[float, float]
-"""Of inches: a point from the page's top left, or width and height."""
+"""Inches: a point from the page's top left, or width and height."""
 
 PAPER = "#ffffff"
 INK = "#1f2a37"

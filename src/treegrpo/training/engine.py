@@ -82,7 +82,7 @@ class Engine:
     # --- what all processes know ---
 
     def gather(self, values: Tensor) -> Tensor:
-        """Of all processes, joined along the first dimension: on this process's device."""
+        """All processes' values, joined along the first dimension, on this process's device."""
         gathered: Tensor = self._accelerator.gather(values.to(self.device))
         return gathered
 

@@ -145,7 +145,7 @@ class Learner:
         return settings.learning_rate * factor
 
     def _over_processes(self, own: UpdateMetrics) -> UpdateMetrics:
-        """Of all processes' losses; the loss is their mean, as the gradient is."""
+        """What all processes' losses add up to; the loss is their mean, as the gradient is."""
         everyones = UpdateMetrics()
         for metrics in self._engine.everyones(own):
             everyones.merge(metrics)

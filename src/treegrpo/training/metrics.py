@@ -96,7 +96,7 @@ class RewardMetrics:
         self._before = {} if before is None else before.scores
 
     def record(self, rewards: Mapping[str, Tensor]) -> dict[str, float]:
-        """Of an iteration.
+        """The figures of an iteration.
 
         Args:
             rewards: name to [prompts, leaves], of all processes.
