@@ -1,4 +1,4 @@
-"""What several families share: sizes of latents, a flow's noise levels, decoding.
+"""What several families share: sizes of latents, a flow's noise levels, packing, decoding.
 
 Left out: what one family alone does, which stands in its file.
 """
@@ -6,34 +6,35 @@ Left out: what one family alone does, which stands in its file.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from treegrpo.models.folder import ModelError
-from treegrpo.models.policy import Configs, Sampling
+from treegrpo.models.policy import Configs, Policy, Sampling
 from treegrpo.transition import Schedule, flow_schedule
+
+# The layers of attention over image and text together.
+JOINT_ATTENTION = (
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_out.0",
+    "attn.to_q",
+    "attn.to_v",
+)
 
 
 def pixels_per_latent(configs: Configs, levels: str = "block_out_channels") -> int:
-    """Pixels per latent, in each direction: each level of the decoder but one doubles them.
-
-    Args:
-        configs: the components' configurations.
-        levels: the list in the decoder's with an entry per level.
-    """
+    """Pixels per latent, in each direction: each level of the decoder but one doubles them."""
     return int(2 ** (len(configs["vae"][levels]) - 1))
 
 
 def image_shape(network: Mapping[str, Any], sampling: Sampling, scale: int) -> tuple[int, ...]:
-    """Channels, height and width of an image's latents.
-
-    Args:
-        network: its configuration.
-        sampling: says the image's size.
-        scale: pixels per latent.
-    """
+    """Channels, height and width of an image's latents, with `scale` pixels a side to each."""
     height, width = sampling.size
     return network["in_channels"], height // scale, width // scale
 
@@ -42,19 +43,6 @@ def size_in_tokens(sampling: Sampling, multiple: int) -> tuple[int, int]:
     """Height and width of an image in tokens, each of which covers `multiple` pixels a side."""
     height, width = sampling.size
     return height // multiple, width // multiple
-
-
-def check_prompt_length(sampling: Sampling, longest: int) -> None:
-    """Refuse a prompt length beyond the pipeline's own limit.
-
-    Raises:
-        ModelError: says the limit.
-    """
-    if (sampling.max_sequence_length or 0) > longest:
-        raise ModelError(
-            f"model.max_sequence_length: got {sampling.max_sequence_length}; must be at most "
-            f"{longest}"
-        )
 
 
 # --- noise levels ---
@@ -66,8 +54,6 @@ def flow_levels(
     """A rectified flow's schedule and timesteps, as the scheduler sets them.
 
     Args:
-        scheduler: the checkpoint's.
-        steps: of the schedule.
         sigmas: the levels before the scheduler's own shift; None: its own spacing.
         settings: more for `set_timesteps`, such as `mu`.
 
@@ -90,10 +76,7 @@ def flow_levels(
 def shift_for(scheduler: Any, tokens: int, max_shift: float) -> float:
     """How far a scheduler with dynamic shifting moves its levels towards noise (its `mu`).
 
-    Args:
-        scheduler: the checkpoint's.
-        tokens: of the image.
-        max_shift: the pipeline's own, where the scheduler says none.
+    `max_shift` is the pipeline's own, for where the scheduler says none.
     """
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -108,14 +91,57 @@ def shift_for(scheduler: Any, tokens: int, max_shift: float) -> float:
     return shift
 
 
-def shifted_levels(scheduler: Any, steps: int, tokens: int) -> tuple[Schedule, list[float]]:
-    """FLUX.1's noise levels, and those of models that followed.
+# --- packing ---
 
-    They are evenly spaced, shifted towards noise by the image's number of tokens where the
-    scheduler says so.
-    """
-    sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
-    return flow_levels(scheduler, steps, sigmas, mu=shift_for(scheduler, tokens, 1.15))
+
+class PackedFlow(Policy):
+    """A rectified flow on tokens of 2x2 latents, as FLUX.1's and those of models that followed."""
+
+    longest_prompt: ClassVar[int]
+    """In tokens: the pipeline's own limit, which no configuration holds."""
+
+    @classmethod
+    def pixels_per_latent(cls, configs: Configs) -> int:
+        """In each direction."""
+        return pixels_per_latent(configs)
+
+    @classmethod
+    def default_size(cls, configs: Configs) -> tuple[int, int]:
+        """The pipelines' own, 128 latents a side, which no configuration holds."""
+        size = 128 * cls.pixels_per_latent(configs)
+        return size, size
+
+    @classmethod
+    def size_multiple(cls, configs: Configs) -> int:
+        """A token in pixels."""
+        return 2 * cls.pixels_per_latent(configs)
+
+    @classmethod
+    def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
+        """Prompts beyond the pipeline's limit are refused."""
+        super().check_sampling(sampling, configs)
+        if (sampling.max_sequence_length or 0) > cls.longest_prompt:
+            raise ModelError(
+                f"model.max_sequence_length: got {sampling.max_sequence_length}; must be at most "
+                f"{cls.longest_prompt}"
+            )
+
+    @property
+    def size_in_tokens(self) -> tuple[int, int]:
+        """Height and width."""
+        return size_in_tokens(self.sampling, self.size_multiple(self.configs))
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Tokens, channels."""
+        height, width = self.size_in_tokens
+        return height * width, self.configs["transformer"]["in_channels"]
+
+    def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
+        """Evenly spaced, shifted by the image's tokens where the scheduler says so."""
+        sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
+        shift = shift_for(self.scheduler, self.latent_shape[0], 1.15)
+        return flow_levels(self.scheduler, steps, sigmas, mu=shift)
 
 
 # --- decoding ---

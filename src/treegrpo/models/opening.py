@@ -1,9 +1,9 @@
 """A checkpoint and the configuration's `model` section, opened as a `Policy`.
 
-Training, evaluation and the memory estimate all come through here: `open_policy` reads
-configurations and refuses what can be refused, `load_weights` reads (or makes up) the weights.
+`open_policy` reads configurations and refuses what can be refused, `load_weights` reads the
+weights. Training, evaluation and the memory estimate all come through here.
 
-Left out: the device, which the caller chooses.
+Left out: choosing a device (`treegrpo/device.py`).
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def open_policy(
     """Find a checkpoint and check it and the settings without reading weights.
 
     Args:
-        model: the section; its sampling settings replace the checkpoint's own, its device is not
-            looked at.
-        device: of the policy.
+        model: its sampling settings replace the checkpoint's own; its device is not looked at.
         steps: of the schedule; None: the checkpoint's own.
         weights: whether they must be there; otherwise a hub's checkpoint is not downloaded but for
             its configurations.
@@ -73,9 +71,8 @@ def open_policy(
             setting is not allowed.
     """
     quiet_libraries()
-    backend = model.attention_backend
-    if backend is not None:
-        check_attention_backend(backend)
+    if model.attention_backend is not None:
+        check_attention_backend(model.attention_backend)
     folder = Path(resolve(model.path))
     stored = _stored_sampling(folder / SAMPLING_FILE)
     lora_folder = folder if (folder / LORA_FILE).is_file() else None
@@ -92,18 +89,12 @@ def open_policy(
     sampling = Sampling(
         **{**asdict(family.default_sampling(checkpoint.configs)), **stored, **changes}
     )
-    policy = family(
-        checkpoint,
-        sampling,
-        device=device,
-        dtype=getattr(torch, model.dtype),
-        cache=_cache(model.embedding_cache),
-    )
+    dtype, cache = getattr(torch, model.dtype), _cache(model.embedding_cache)
+    policy = family(checkpoint, sampling, device=device, dtype=dtype, cache=cache)
     if model.lora_targets:
         check_lora_targets(policy, model.lora_targets)
-    if backend is not None:
-        network = checkpoint.without_weights(policy.network_name)
-        check_attention_choice(policy, network, backend)
+    if model.attention_backend is not None:
+        check_attention_choice(policy, model.attention_backend)
     return policy
 
 
@@ -113,8 +104,7 @@ def load_weights(
     """Give a policy its network and decoder, with what the section switches on.
 
     Args:
-        policy: from `open_policy`.
-        model: the section that it was opened with.
+        model: the section that the policy was opened with.
         train: for training: the weights to train are float32 whatever the network computes in, and
             with a LoRA rank they are fresh adapters. For sampling, an export's adapters are put on.
         read: gives the components; None: reads them from the checkpoint to the policy's device.
@@ -141,11 +131,7 @@ def load_weights(
 
 
 def load_policy(model: ModelConfig, *, device: torch.device, steps: int | None = None) -> Policy:
-    """`open_policy` with its weights read, for sampling.
-
-    Raises:
-        ModelError: as `open_policy` and `load_weights`.
-    """
+    """`open_policy` with its weights read, for sampling."""
     policy = open_policy(model, device=device, steps=steps)
     load_weights(policy, model, train=False)
     return policy

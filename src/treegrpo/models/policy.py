@@ -1,11 +1,9 @@
 """The model, seen from training and evaluation: `Policy`, and how it is sampled, `Sampling`.
 
 `Policy` holds what every text-to-image model needs: guidance, precision, decoding in batches. A
-family file (`sd3.py`) subclasses it and says only what differs. docs/families.md is the guide to
-adding one.
+family file (`sd3.py`) subclasses it and says only what differs; docs/families.md is the guide.
 
-Left out: opening a checkpoint and reading its weights (`opening.py`), text encoders and their store
-(`text.py`), LoRA (`adapters.py`), diffusers' switches (`switches.py`) and export (`export.py`).
+Left out: `opening.py`, text encoders (`text.py`), LoRA (`adapters.py`), `switches.py`, `export.py`.
 """
 
 from __future__ import annotations
@@ -82,8 +80,6 @@ class Policy(ABC):
         vae: its decoder.
         scheduler: the checkpoint's own, for its noise levels.
         sampling: complete: the family's defaults, the checkpoint's values, the caller's.
-        checkpoint: its components on disk.
-        configs: the components' configurations.
         text: the text encoders and the embeddings that they gave.
     """
 
@@ -119,11 +115,7 @@ class Policy(ABC):
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
-        """Refuse what this family does not allow, beside sizes.
-
-        Raises:
-            ModelError: names the setting, its value and what is allowed.
-        """
+        """Refuse what this family does not allow, beside sizes, with a ModelError."""
         if sampling.frames is not None:
             raise ModelError(
                 f"model.frames: got {sampling.frames}; {cls.pipeline_name} makes images, so it "
@@ -131,11 +123,7 @@ class Policy(ABC):
             )
 
     def make_scheduler(self) -> Any:
-        """The checkpoint's scheduler, set as the pipeline sets it.
-
-        Raises:
-            ModelError: a setting of the scheduler has no meaning here.
-        """
+        """The checkpoint's scheduler, set as the pipeline sets it."""
         return self.checkpoint.scheduler()
 
     @property
@@ -148,24 +136,17 @@ class Policy(ABC):
         """Of one prompt's conditioning, at its longest; names as `encode_prompts` gives them."""
 
     def encoder_tokens(self) -> int:
-        """Tokens of the longest prompt, with what the pipeline puts around it.
-
-        For text encoders whose prompts have no fixed length.
-        """
+        """Tokens of the longest prompt with what the pipeline puts around it; CLIP's are fixed."""
         return self.sampling.max_sequence_length or 0
 
     @abstractmethod
     def encode_prompts(
         self, pipeline: Any, prompts: list[str]
     ) -> Mapping[str, Tensor | list[Tensor]]:
-        """Conditioning by name, a row per prompt, by the pipeline's `encode_prompt`.
+        """Conditioning by name, by the `encode_prompt` of a pipeline of text encoders alone.
 
-        Args:
-            pipeline: of text encoders alone.
-            prompts: at most `text.PROMPTS_PER_ENCODING`.
-
-        Returns:
-            Rows may differ in their first dimension.
+        A row per prompt, of which there are at most `text.PROMPTS_PER_ENCODING`; rows may differ in
+        their first dimension.
         """
 
     @abstractmethod
@@ -179,7 +160,6 @@ class Policy(ABC):
         """One network call.
 
         Args:
-            network: the policy's own or one that stands in for it.
             x: float32 [rows, *latent_shape].
             timestep: float32 [rows].
             conditioning: a row of each for every row of x.
@@ -190,14 +170,10 @@ class Policy(ABC):
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Finished latents to pixels.
-
-        Args:
-            latents: [rows, *latent_shape].
+        """Finished latents [rows, *latent_shape] to pixels in about [-1, 1].
 
         Returns:
-            Images in about [-1, 1]: [rows, 3, height, width], or for videos [rows, frames, 3,
-            height, width].
+            Images [rows, 3, height, width], or videos [rows, frames, 3, height, width].
         """
 
     def guide(self, given: Tensor, without: Tensor) -> Tensor:
@@ -239,8 +215,6 @@ class Policy(ABC):
         """Made by `opening.open_policy`.
 
         Args:
-            checkpoint: whose configurations are read.
-            sampling: the checkpoint's values and the caller's.
             device: of the network, the decoder, the text encoders and the states.
             dtype: what the network computes in.
             cache: where prompt embeddings are kept; None keeps them and the encoders in memory.
@@ -297,15 +271,7 @@ class Policy(ABC):
         return self.text.encode(prompts)
 
     def prepare(self, prompts: Sequence[str], say: Callable[[str], None] = print) -> None:
-        """Encode all prompts that a run will need, then let the text encoders go.
-
-        Args:
-            prompts: beside the negative one.
-            say: told where that may take a while.
-
-        Raises:
-            ModelError: the disk has no room for them.
-        """
+        """`PromptEncoder.prepare` for all prompts of a run, and the negative one."""
         self.negative()
         self.text.prepare(prompts, say)
 
@@ -314,11 +280,7 @@ class Policy(ABC):
         return torch.randn(count, *self.latent_shape, generator=generator, device=self.device)
 
     def schedule(self, steps: int) -> Schedule:
-        """The checkpoint's own noise levels for so many steps.
-
-        Raises:
-            ModelError: they are none that a rollout can follow.
-        """
+        """The checkpoint's own levels; ModelError: they are none that a rollout can follow."""
         try:
             return self.noise_levels(steps)[0]
         except PlanError as error:
@@ -334,8 +296,7 @@ class Policy(ABC):
 
         Args:
             conditioning: of the prompts, from `encode`.
-            steps: of the schedule.
-            network: stands in for the policy's own, for a reference model.
+            network: stands in for the policy's own, such as a reference model.
         """
         timesteps = self.noise_levels(steps)[1]
         guided = self.sampling.guidance_scale > 1 and not self.guidance_is_embedded
@@ -366,16 +327,13 @@ class Policy(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, max_batch: int, frames: int | None = None) -> Tensor:
-        """Finished latents to pixels.
+        """Finished latents [rows, *latent_shape] to pixels in [0, 1], `max_batch` rows at once.
 
         Args:
-            latents: [rows, *latent_shape].
-            max_batch: rows that are decoded at once.
             frames: keep only so many of a video's, evenly spaced: whole ones fill the memory.
 
         Returns:
-            float32 images [rows, 3, height, width] in [0, 1], or videos [rows, frames, 3, height,
-            width].
+            float32 images [rows, 3, height, width], or videos [rows, frames, 3, height, width].
         """
         images = []
         for part in torch.split(latents, max_batch):

@@ -1,7 +1,6 @@
 """Sana 1 and 1.5: a rectified flow on a linear-attention transformer, prompted through Gemma 2.
 
-Left out: resolution binning, with which the pipeline changes sizes, and Sana's distilled relatives
-(Sprint, video), which are pipelines of their own.
+Left out: resolution binning, and Sana's distilled relatives, whose pipelines are their own.
 """
 
 from __future__ import annotations
@@ -55,10 +54,7 @@ class Sana(Policy):
         return {"embeddings": (tokens, channels), "mask": (tokens,)}
 
     def encoder_tokens(self) -> int:
-        """With the instruction.
-
-        As the pipeline counts: one of the instruction's tokens and the prompt's first are shared.
-        """
+        """With the instruction; one of its tokens and the prompt's first are counted once."""
         instruction = count_tokens(self.checkpoint, "\n".join(_INSTRUCTION))
         return instruction + (self.sampling.max_sequence_length or 0) - 2
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from treegrpo.models.folder import ModelError
 from treegrpo.models.latents import (
+    JOINT_ATTENTION,
     decode,
     flow_levels,
     image_shape,
@@ -29,16 +30,7 @@ class StableDiffusion3(Policy):
     pipeline_name: ClassVar = "StableDiffusion3Pipeline"
     defaults: ClassVar = Sampling(steps=28, guidance_scale=7.0, max_sequence_length=256)
     kept_layers: ClassVar = ("text_encoder", "text_encoder_2")
-    lora_targets: ClassVar = (
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "attn.to_k",
-        "attn.to_out.0",
-        "attn.to_q",
-        "attn.to_v",
-    )
+    lora_targets: ClassVar = JOINT_ATTENTION
 
     @classmethod
     def default_size(cls, configs: Configs) -> tuple[int, int]:
@@ -56,8 +48,8 @@ class StableDiffusion3(Policy):
         """Beyond the network's `pos_embed_max_size` there are no positions."""
         super().check_sampling(sampling, configs)
         most = configs["transformer"]["pos_embed_max_size"] * cls.size_multiple(configs)
-        for name, value in (("height", sampling.height), ("width", sampling.width)):
-            if value is not None and value > most:
+        for name, value in zip(("height", "width"), sampling.size, strict=True):
+            if value > most:
                 raise ModelError(
                     f"model.{name}: got {value}; must be at most {most}, the largest for which the "
                     "network has positions"
@@ -96,9 +88,8 @@ class StableDiffusion3(Policy):
         if not self.scheduler.config.get("use_dynamic_shifting"):
             return flow_levels(self.scheduler, steps)
         height, width = size_in_tokens(self.sampling, self.size_multiple(self.configs))
-        return flow_levels(
-            self.scheduler, steps, mu=shift_for(self.scheduler, height * width, 1.16)
-        )
+        shift = shift_for(self.scheduler, height * width, 1.16)
+        return flow_levels(self.scheduler, steps, mu=shift)
 
     def forward(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning

@@ -107,8 +107,7 @@ class StableDiffusion(Policy):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """Channels, height, width."""
-        scale = pixels_per_latent(self.configs)
-        return image_shape(self.configs["unet"], self.sampling, scale)
+        return image_shape(self.configs["unet"], self.sampling, pixels_per_latent(self.configs))
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """CLIP's tokens, in SDXL of both encoders side by side."""

@@ -9,19 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
-
 from treegrpo.config import ModelConfig
 from treegrpo.models.folder import ModelError
 from treegrpo.models.policy import Policy
 
 
 def check_attention_backend(name: str) -> None:
-    """Refuse an attention backend that diffusers does not know or that cannot run here.
-
-    Raises:
-        ModelError: names what is allowed, or what is missing.
-    """
+    """Refuse, with a ModelError, a backend that diffusers does not know or cannot run here."""
     from diffusers.models import attention_dispatch
 
     names = [backend.value for backend in attention_dispatch.AttentionBackendName]
@@ -37,17 +31,9 @@ def check_attention_backend(name: str) -> None:
         raise ModelError(f"model.attention_backend: got {name!r}: {error}") from error
 
 
-def check_attention_choice(policy: Policy, network: nn.Module, name: str) -> None:
-    """Refuse an attention backend for a network that has no choice.
-
-    Args:
-        policy: whose network.
-        network: it, with or without weights.
-        name: of the backend.
-
-    Raises:
-        ModelError: it must be null.
-    """
+def check_attention_choice(policy: Policy, name: str) -> None:
+    """Refuse an attention backend, with a ModelError, for a network that has no choice."""
+    network = policy.checkpoint.without_weights(policy.network_name)
     processors = [getattr(module, "processor", None) for module in network.modules()]
     if not any(hasattr(processor, "_attention_backend") for processor in processors):
         raise ModelError(
@@ -57,12 +43,7 @@ def check_attention_choice(policy: Policy, network: nn.Module, name: str) -> Non
 
 
 def switch_on(policy: Policy, model: ModelConfig) -> None:
-    """Gradient checkpointing, attention backend, compilation and tiling, where configured.
-
-    Args:
-        policy: with its network and decoder.
-        model: says which; `open_policy` has checked them.
-    """
+    """Gradient checkpointing, attention backend, compilation and tiling, where configured."""
     network: Any = policy.network
     if model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
