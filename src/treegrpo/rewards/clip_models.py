@@ -37,17 +37,11 @@ def find_clip(
     repository: str,
     option: str = "path",
     *,
-    tokenizer: bool = True,
-    image_processor: bool = True,
+    needs: tuple[str, ...] = ("tokenizer", "image_processor"),
 ) -> Path:
     """The local folder of a CLIP checkpoint in transformers' format; see `find_checkpoint`.
 
-    Args:
-        path: a local folder or a hub repository; None: `repository`.
-        repository: the checkpoint's own hub repository.
-        option: the name of the option that `path` comes from, for messages.
-        tokenizer: whether the folder must hold one.
-        image_processor: whether the folder must hold its configuration.
+    `needs` is what the folder must hold beside the model.
 
     Raises:
         UserError: as `find_checkpoint`, or the folder lacks files; the message lists all of them.
@@ -61,9 +55,9 @@ def find_clip(
         name
         for name, is_missing in {
             "config.json": not (folder / "config.json").is_file(),
-            "tokenizer.json (or vocab.json and merges.txt)": tokenizer
+            "tokenizer.json (or vocab.json and merges.txt)": "tokenizer" in needs
             and not has_tokenizer(folder),
-            "preprocessor_config.json": image_processor
+            "preprocessor_config.json": "image_processor" in needs
             and not (folder / "preprocessor_config.json").is_file(),
             "model.safetensors (or pytorch_model.bin)": not weights,
         }.items()
@@ -127,13 +121,10 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _load_image_processor(folder: Path) -> Any:
-    """The resizing, cropping and normalizing that a checkpoint in transformers' format asks for.
+    """The resizing, cropping and normalizing that a checkpoint asks for.
 
     Always the variant on PIL, which the checkpoints were trained and published with: torchvision's
     resizes a little differently.
-
-    Raises:
-        UserError: its preprocessor_config.json cannot be read.
     """
     from transformers import CLIPImageProcessorPil
 
@@ -149,22 +140,13 @@ def process_pictures(processor: Any, pictures: Tensor) -> Tensor:
     """Put pictures, uint8 [N, 3, H, W], through a PIL image processor: float32 [N, 3, h, w]."""
     from PIL import Image
 
-    arrays = pictures.permute(0, 2, 3, 1).cpu().numpy()
-    images = [Image.fromarray(array) for array in arrays]
+    images = [Image.fromarray(one) for one in pictures.permute(0, 2, 3, 1).cpu().numpy()]
     pixels: Tensor = processor(images, return_tensors="pt")["pixel_values"]
     return pixels
 
 
 def load_clip(path: str | None, repository: str) -> tuple[Any, Callable[[Tensor], Tensor], Any]:
-    """Model, preprocessing and tokenizer of a CLIP checkpoint in transformers' format.
-
-    Args:
-        path: as for `find_checkpoint`.
-        repository: the customary hub repository.
-
-    Raises:
-        UserError: the checkpoint is missing or incomplete.
-    """
+    """Model, preprocessing and tokenizer of a CLIP checkpoint; see `find_clip`."""
     from transformers import CLIPModel
 
     folder = find_clip(path, repository)
@@ -178,9 +160,9 @@ class Clip:
 
     Args:
         model: transformers' CLIPModel, or CLIPVisionModelWithProjection where no prompt matters.
+            Its weights move on the first call.
         preprocess: makes the model's float32 [N, 3, S, S] of pictures, uint8 [N, 3, H, W].
         tokenizer: transformers' CLIPTokenizer, or None where no prompt matters.
-        placement: where to run; the weights move on the first call.
     """
 
     def __init__(
@@ -200,9 +182,7 @@ class Clip:
     def similarity(self, images: Tensor, prompts: list[str]) -> Tensor:
         """Cosine of the angle between each picture and its prompt: float32 [N].
 
-        Args:
-            images: float [N, 3, H, W] in [0, 1].
-            prompts: one per picture; each different one is embedded once.
+        Images are float [N, 3, H, W] in [0, 1]; each different prompt is embedded once.
 
         Raises:
             ValueError: the pictures' shape does not fit, or there is not one prompt per picture.
@@ -211,7 +191,7 @@ class Clip:
             raise ValueError(f"{len(images)} images do not match {len(prompts)} prompts")
         pictures = self.embed_images(images)
         different = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-        texts = self._embed_prompts(list(different), pictures.device)
+        texts = self.embed_prompts(list(different), pictures.device)
         return (pictures * texts[[different[prompt] for prompt in prompts]]).sum(1)
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -221,22 +201,27 @@ class Clip:
             ValueError: the pictures' shape does not fit.
         """
         import torch
-        from torch.nn import functional
 
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have the shape [N, 3, H, W], got {list(images.shape)}")
         device = self.placement.device_for(images)
-        self.model.to(device)
-        embeddings = []
-        with torch.no_grad():
-            for batch in torch.split(images, self.placement.batch_size):
-                pictures = to_uint8(batch)
-                pixels = self.preprocess(pictures).to(device, self.model.dtype)
-                pooled = self.model.vision_model(pixel_values=pixels).pooler_output
-                embeddings.append(self.model.visual_projection(pooled).float())
-        return functional.normalize(torch.cat(embeddings), dim=1)
+        batches = torch.split(images, self.placement.batch_size)
+        return torch.cat(
+            [self.embed_pixels(self.preprocess(to_uint8(batch)), device) for batch in batches]
+        )
 
-    def _embed_prompts(self, prompts: list[str], device: torch.device) -> Tensor:
+    def embed_pixels(self, pixels: Tensor, device: torch.device) -> Tensor:
+        """Embeddings of length 1, float32 [N, D], of what `preprocess` made, in one batch."""
+        import torch
+        from torch.nn import functional
+
+        model = self.model.to(device)
+        with torch.no_grad():
+            pooled = model.vision_model(pixel_values=pixels.to(device, model.dtype)).pooler_output
+            return functional.normalize(model.visual_projection(pooled).float(), dim=1)
+
+    def embed_prompts(self, prompts: list[str], device: torch.device) -> Tensor:
+        """Embeddings of length 1, float32 [N, D], on the device of the model."""
         import torch
         from torch.nn import functional
 

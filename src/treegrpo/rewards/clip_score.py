@@ -26,9 +26,7 @@ class CLIPScore:
     Args:
         path: CLIP in transformers' format, a local folder or a hub repository; None:
             openai/clip-vit-large-patch14. MixGRPO uses apple/DFN5B-CLIP-ViT-H-14-378.
-        device: a torch device, or "auto" for that of the images.
-        dtype: "float32" or "bfloat16".
-        batch_size: images, or prompts, at once.
+        device, dtype, batch_size: those of `Placement`.
 
     Raises:
         UserError: an option's value is not allowed, or the checkpoint is missing or incomplete.

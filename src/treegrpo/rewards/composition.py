@@ -8,8 +8,7 @@ coverage and not its hue. A shape is recognized by laying the ideal circle, squa
 the same area and centroid over the coverage: blur preserves both, whereas a bounding box of
 thresholded pixels loses a triangle's tip.
 
-Left out: drawing such pictures and writing their prompts (`treegrpo.miniature.scenes`), and any
-other kind of picture.
+Left out: drawing such pictures and writing their prompts (`miniature/scenes.py`).
 """
 
 from __future__ import annotations
@@ -27,14 +26,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from treegrpo.errors import UserError
-from treegrpo.miniature.scenes import (
-    BACKGROUND,
-    COLORS,
-    IMAGE_SIZE,
-    SHAPES,
-    parse,
-    relation_holds,
-)
+from treegrpo.miniature.scenes import BACKGROUND, COLORS, IMAGE_SIZE, SHAPES, parse, relation_holds
 
 # Lengths are in pixels of an IMAGE_SIZE picture, color distances Euclidean in [0, 1] RGB.
 VISIBLE = 0.3  # least distance from the background that people notice
@@ -93,13 +85,8 @@ def detect(images: Tensor) -> Detections:
     band = np.maximum(np.maximum(padded[:, :-2], padded[:, 1:-1]), padded[:, 2:])
     grown = np.maximum(np.maximum(band[..., :-2], band[..., 1:-1]), band[..., 2:])
     core = labels > 0
-    for neighbor in (
-        padded[:, :-2, 1:-1],
-        padded[:, 2:, 1:-1],
-        padded[:, 1:-1, :-2],
-        padded[:, 1:-1, 2:],
-    ):
-        core &= neighbor == labels
+    for rows, columns in ((0, 1), (2, 1), (1, 0), (1, 2)):  # above, below, left, right
+        core &= padded[:, rows:, columns:][:, :IMAGE_SIZE, :IMAGE_SIZE] == labels
 
     contrast = contrast.reshape(-1, 3)
     areas = np.bincount(labels.ravel())
@@ -245,10 +232,7 @@ def composition(
     for one of them. The sum is divided by the number asked or seen, whichever is larger, and
     halved where the prompt's relation fails. It is 1 exactly if everything is right.
 
-    Args:
-        images: float [N, 3, H, W] in [0, 1], of any size.
-        prompts: N prompts of the miniature's grammar.
-        metadata: not used.
+    Images are float [N, 3, H, W] in [0, 1], of any size. `metadata` is not used.
 
     Raises:
         ValueError: a prompt is not of the grammar, or the images' shape does not fit.
@@ -274,7 +258,6 @@ def composition_accuracy(
     """Whether each picture shows exactly what its prompt says: float32 [N], 0 or 1.
 
     Right is: the asked objects with their counts, nothing else that is visible, and the relation.
-    Arguments and errors are those of `composition`.
     """
     return (composition(images, prompts, metadata) == 1).float()
 

@@ -21,9 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 from treegrpo.errors import UserError
 from treegrpo.images import to_uint8
 from treegrpo.rewards.checkpoints import Placement
-from treegrpo.rewards.clip_models import find_clip, load_clip, load_model, load_tokenizer
+from treegrpo.rewards.clip_models import Clip, find_clip, load_clip, load_model, load_tokenizer
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 DETECTOR = "google/owlv2-base-patch16-ensemble"
@@ -95,11 +96,7 @@ class Detection:
 
 
 def requirements(prompt: str, metadata: Mapping[str, Any]) -> Requirements:
-    """What a picture of the prompt must show.
-
-    Raises:
-        UserError: the metadata are missing or not in GenEval's format; the message has the prompt.
-    """
+    """What a picture must show; UserError: the prompt's metadata are not in GenEval's format."""
     if "include" not in metadata:
         raise UserError(
             f"the prompt {prompt!r} has no GenEval metadata; it needs a line such as "
@@ -137,11 +134,8 @@ def grades(required: Requirements, found: Mapping[str, Sequence[Detection]]) -> 
     - position: 1 if each of the objects is there seen from each of the other clause's; 0 where a
       clause's number or color is not met.
 
-    As in the original, color and position are of the surest objects, as many as asked for.
-
-    Args:
-        required: what the picture must show.
-        found: the objects of each class, the surest first, without overlaps.
+    As in the original, color and position are of the surest objects, as many as asked for. `found`
+    has the objects of each class, the surest first, without overlaps.
     """
     limits: dict[str, int] = {}
     for unwanted in required.exclude:
@@ -264,9 +258,8 @@ class GenEval:
     Args:
         path: OWLv2 in transformers' format, a local folder or a hub repository; None:
             google/owlv2-base-patch16-ensemble.
-        device: a torch device, or "auto" for that of the images.
-        dtype: "float32" or "bfloat16", which places boxes to about 1/256 of the picture only.
-        batch_size: images at once.
+        device, dtype, batch_size: those of `Placement`; bfloat16 places boxes to about 1/256 of the
+            picture only.
         color_path: CLIP in transformers' format, for colors; None: openai/clip-vit-large-patch14,
             the original's.
         score: "partial", the mean of `grades`, or "strict", 1 if they all are 1 and else 0.
@@ -312,7 +305,7 @@ class GenEval:
         import torch
         from transformers import Owlv2ForObjectDetection
 
-        folder = find_clip(path, DETECTOR, image_processor=False)
+        folder = find_clip(path, DETECTOR, needs=("tokenizer",))
         tokenizer = load_tokenizer(folder)
         self._detector = load_model(Owlv2ForObjectDetection, folder).eval()
         length = self._detector.config.text_config.max_position_embeddings
@@ -330,14 +323,10 @@ class GenEval:
         self._detector.to(getattr(torch, self.placement.dtype))
 
     def _load_color_classifier(self, path: str | None) -> None:
-        import torch
-
         try:
-            loaded = load_clip(path, COLOR_CLASSIFIER)
+            self._color_classifier = Clip(*load_clip(path, COLOR_CLASSIFIER), self.placement)
         except UserError as error:
             raise UserError(str(error).replace("option path", "option color_path")) from error
-        model, self._color_pixels, self._color_tokenizer = loaded
-        self._color_classifier = model.to(getattr(torch, self.placement.dtype)).eval()
         self._color_queries: dict[str, Tensor] = {}
 
     def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
@@ -364,17 +353,7 @@ class GenEval:
     def __call__(
         self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
     ) -> list[float]:
-        """Detect and judge: N numbers in [0, 1].
-
-        Args:
-            images: float [N, 3, H, W] in [0, 1].
-            prompts: named in errors.
-            metadata: N entries in GenEval's format; see `Requirements`.
-
-        Raises:
-            UserError: as `check`.
-            ValueError: the images' shape does not fit.
-        """
+        """Judge N images, float [N, 3, H, W] in [0, 1], by their metadata: N numbers in [0, 1]."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have the shape [N, 3, H, W], got {list(images.shape)}")
         asked = self._requirements(prompts, metadata)
@@ -413,12 +392,8 @@ class GenEval:
         result = []
         for index, mask in enumerate(seen):
             objects: dict[str, list[Detection]] = {}
-            for box, sure, kind in zip(
-                corners[index, mask].tolist(),
-                score[index, mask].tolist(),
-                label[index, mask].tolist(),
-                strict=True,
-            ):
+            kept = (values[index, mask].tolist() for values in (corners, score, label))
+            for box, sure, kind in zip(*kept, strict=True):
                 objects.setdefault(self.classes[kind], []).append(Detection(tuple(box), sure))
             result.append(
                 {
@@ -447,9 +422,8 @@ class GenEval:
             left, top, right, bottom = (round(edge) for edge in found[index][name][rank].box)
             # At least a pixel, where the box rounds to none.
             top, left = min(top, pictures.shape[2] - 1), min(left, pictures.shape[3] - 1)
-            crops.append(
-                pictures[index, :, top : max(bottom, top + 1), left : max(right, left + 1)]
-            )
+            rows, columns = slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1))
+            crops.append(pictures[index, :, rows, columns])
         colors = self.classify_colors(crops, [name for _, name, _ in wanted])
         for (index, name, rank), color in zip(wanted, colors, strict=True):
             found[index][name][rank] = replace(found[index][name][rank], color=color)
@@ -461,39 +435,31 @@ class GenEval:
         is the mean embedding of `COLOR_TEMPLATES`.
         """
         import torch
-        from torch.nn import functional
 
         result: list[Color] = []
         for start in range(0, len(crops), self.placement.batch_size):
-            batch = crops[start : start + self.placement.batch_size]
-            model = self._color_classifier.to(batch[0].device)
-            pixels = torch.cat([self._color_pixels(crop[None]) for crop in batch])
-            queries = torch.stack(
-                [self._color_query(name) for name in names[start : start + len(batch)]]
+            part = slice(start, start + self.placement.batch_size)
+            device = crops[start].device
+            pixels = torch.cat(
+                [self._color_classifier.preprocess(crop[None]) for crop in crops[part]]
             )
-            with torch.no_grad():
-                features = model.get_image_features(pixels.to(model.device, model.dtype))
-            embeddings = functional.normalize(features.pooler_output.float(), dim=-1)
+            embeddings = self._color_classifier.embed_pixels(pixels, device)
+            queries = torch.stack([self._color_query(name, device) for name in names[part]])
             nearest = torch.einsum("ncd,nd->nc", queries, embeddings).argmax(1)
             result += [COLORS[index] for index in nearest.tolist()]
         return result
 
-    def _color_query(self, name: str) -> Tensor:
+    def _color_query(self, name: str, device: torch.device) -> Tensor:
         """What the colors of a class look like to CLIP: float32 [10, D]."""
-        import torch
         from torch.nn import functional
 
-        model = self._color_classifier
         if name not in self._color_queries:
             texts = [
                 template.format(color=color, name=name)
                 for color in COLORS
                 for template in COLOR_TEMPLATES
             ]
-            tokens = self._color_tokenizer(texts, padding=True, return_tensors="pt")
-            with torch.no_grad():
-                features = model.get_text_features(**tokens.to(model.device)).pooler_output
-            each = functional.normalize(features.float(), dim=-1)
+            each = self._color_classifier.embed_prompts(texts, device)
             mean = each.view(len(COLORS), len(COLOR_TEMPLATES), -1).mean(1)
             self._color_queries[name] = functional.normalize(mean, dim=-1)
-        return self._color_queries[name].to(model.device)
+        return self._color_queries[name].to(device)

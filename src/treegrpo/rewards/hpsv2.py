@@ -8,11 +8,10 @@ from __future__ import annotations
 import html
 import re
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError
-from treegrpo.rewards.checkpoints import Placement, find_checkpoint, read_weights
+from treegrpo.rewards.checkpoints import Placement, find_checkpoint, find_file, read_weights
 from treegrpo.rewards.clip_models import Clip, has_tokenizer, load_model, load_tokenizer
 
 if TYPE_CHECKING:
@@ -52,13 +51,10 @@ class HPSv2:
     The `hpsv2` package gives the same number, in half precision on a GPU.
 
     Args:
-        path: HPS_v2.1_compressed.pt: a file, its folder or a hub repository; None: xswu/HPSv2. The
-            version 2.0 file works too. The tokenizer is taken from the same folder where it is
-            there (tokenizer.json, or vocab.json and merges.txt), else from the hub's
-            laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
-        device: a torch device, or "auto" for that of the images.
-        dtype: "float32" or "bfloat16".
-        batch_size: images, or prompts, at once.
+        path: HPS_v2.1_compressed.pt or version 2.0's: a file, its folder or a hub repository; None:
+            xswu/HPSv2. The tokenizer (tokenizer.json, or vocab.json and merges.txt) is taken from
+            the same folder, else from the hub's laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
+        device, dtype, batch_size: those of `Placement`.
 
     Raises:
         UserError: an option's value is not allowed, or the checkpoint is missing or incomplete.
@@ -72,10 +68,7 @@ class HPSv2:
         batch_size: int = 32,
     ) -> None:
         placement = Placement(device, dtype, batch_size)
-        if path is not None and Path(path).expanduser().is_file():
-            file = Path(path).expanduser()
-        else:
-            file = find_checkpoint(path, REPOSITORY, [FILE]) / FILE
+        file = find_file(path, REPOSITORY, [FILE])
         checkpoint = read_weights(file, f"{FILE} of the hub's {REPOSITORY}")
         folder = file.parent
         if not has_tokenizer(folder):
@@ -102,12 +95,7 @@ class HPSv2:
 def fit_pictures(pictures: Tensor, size: int) -> Tensor:
     """Fit the whole of each picture into a black square and normalize it.
 
-    Args:
-        pictures: uint8 [N, 3, H, W].
-        size: side of the square.
-
-    Returns:
-        float32 [N, 3, size, size], on the pictures' device.
+    uint8 [N, 3, H, W] to float32 [N, 3, size, size], on the same device.
     """
     import torch
     from torch.nn import functional

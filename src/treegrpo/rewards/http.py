@@ -4,8 +4,8 @@ What may pass (no connection, silence, HTTP 408, 425, 429, 500, 502 and above) i
 waits that double, up to a limit. What will not (a refused token, an unknown address, an answer that
 makes no sense) is an error at once.
 
-Left out: what is asked (`treegrpo.rewards.remote`, `treegrpo.rewards.vlm_judge`). A library for
-retries would give the loop alone: when to stop, how long to wait and what to say are all our own.
+Left out: what is asked (`remote.py`, `vlm_judge.py`). A library for retries would give the loop
+alone: when to stop, how long to wait and what to say are all our own.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ LONGEST_WAIT = 15.0
 CONNECT_SECONDS = 10.0  # a host that is down may not even refuse
 MAX_ANSWER_BYTES = 64 * 2**20
 NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
+PASSING = (
+    httpx2.TimeoutException,
+    httpx2.NetworkError,
+    httpx2.RemoteProtocolError,
+    httpx2.ProxyError,
+)
 # A server that answers 500 is there, and its fault is often the same each time.
 ATTEMPTS_AT_500 = 5
 # Rate limits are everyday; they are worth a line where they hold up a request for so long.
@@ -43,13 +49,9 @@ _Result = TypeVar("_Result")
 
 
 class ServerError(RuntimeError):
-    """A server gave no answer for too long, refused, or answered nonsense.
+    """A server gave no answer for too long, refused, or answered nonsense."""
 
-    Attributes:
-        status: of a refusal.
-    """
-
-    status: int | None = None
+    status: int | None = None  # of a refusal
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,6 @@ class Endpoint:
 
     Args:
         kind: what it is in messages, such as "reward server".
-        url: where; paths are appended.
         headers: sent with every request. Not for secrets: a configuration holds them.
         token_env: the environment variable with a secret.
         token_header: the header that takes it, after "Bearer" if it is Authorization.
@@ -142,8 +143,7 @@ class Endpoint:
         answered = False
         try:
             while True:
-                if self._closed.is_set():
-                    raise ServerError(f"{self.kind} {self.url}: no longer asked, it was closed")
+                self._check_open()
                 answer = self._attempt(method, address, content)
                 if not isinstance(answer, _Fault):
                     answered = True
@@ -173,20 +173,11 @@ class Endpoint:
         what = f"{method} {address}"
         try:
             status, received, text = self._exchange(method, address, content, headers)
-        except (
-            httpx2.TimeoutException,
-            httpx2.NetworkError,
-            httpx2.RemoteProtocolError,
-            httpx2.ProxyError,
-        ) as error:
+        except httpx2.RequestError as error:
             text = f"{what}: {type(error).__name__}: {self._shown(str(error))}"
-            if _is_encryption_fault(error):
+            if not isinstance(error, PASSING) or _is_encryption_fault(error):
                 raise ServerError(text) from error
             return _Fault(text)
-        except httpx2.RequestError as error:
-            raise ServerError(
-                f"{what}: {type(error).__name__}: {self._shown(str(error))}"
-            ) from error
         try:
             answer = json.loads(text)
         except (ValueError, RecursionError):
@@ -218,8 +209,7 @@ class Endpoint:
         with self._client.stream(method, address, content=content, headers=headers) as response:
             for part in response.iter_bytes():
                 received += part
-                if self._closed.is_set():
-                    raise ServerError(f"{self.kind} {self.url}: no longer asked, it was closed")
+                self._check_open()
                 if len(received) > MAX_ANSWER_BYTES:
                     raise ServerError(
                         f"{method} {address} answered more than {MAX_ANSWER_BYTES:,} bytes"
@@ -232,18 +222,17 @@ class Endpoint:
             text = received.decode(response.encoding or "utf-8", "replace")
             return response.status_code, response.headers, text
 
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise ServerError(f"{self.kind} {self.url}: no longer asked, it was closed")
+
     def _announce(self, fault: str, left: float) -> None:
         """Say once per outage that requests wait."""
         with self._lock:
             if not self._waiting:
                 self._outage_start = time.monotonic()
-                _log.warning(
-                    "%s %s does not answer, retrying for up to %.0f s (%s)",
-                    self.kind,
-                    self.url,
-                    left,
-                    fault,
-                )
+                told = "%s %s does not answer, retrying for up to %.0f s (%s)"
+                _log.warning(told, self.kind, self.url, left, fault)
             self._waiting.add(threading.get_ident())
 
     def _end_of_wait(self, answered: bool) -> None:
@@ -271,11 +260,7 @@ def check_number(
     above: float | None = None,
     whole: bool = False,
 ) -> None:
-    """Refuse an option that is not a number in its range.
-
-    Raises:
-        UserError: names the option, the value and the range.
-    """
+    """Refuse, with a UserError, an option that is not a number in its range."""
     allowed = "a whole number" if whole else "a number"
     kinds = (int,) if whole else (int, float)
     fits = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < float("inf")

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError
 from treegrpo.images import to_uint8
-from treegrpo.rewards.checkpoints import Placement, find_checkpoint, read_weights
+from treegrpo.rewards.checkpoints import Placement, find_checkpoint, find_file, read_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -90,9 +90,7 @@ class ImageReward:
         path: `ImageReward.pt`, a folder or a hub name that holds it; None is THUDM/ImageReward.
             The tokenizer is bert-base-uncased's: `vocab.txt` or `tokenizer.json` beside
             `ImageReward.pt`, else the hub's.
-        device: where it runs, such as "cuda:1"; "auto" is where the pictures are.
-        dtype: of the two transformers, "float32" or "bfloat16". The head is always float32.
-        batch_size: how many pictures are scored at a time.
+        device, dtype, batch_size: those of `Placement`. The head is always float32.
 
     Raises:
         UserError: an option is not allowed, a file is missing, or the checkpoint is not an intact
@@ -109,29 +107,16 @@ class ImageReward:
         self.placement = Placement(device, dtype, batch_size)
         import torch
 
-        folder = find_checkpoint(path, REPOSITORY, [CHECKPOINT_FILE])
-        given = Path(path or "").expanduser()
-        self._tokenizer = _load_tokenizer(folder)
-        self._network = _load_network(given if given.is_file() else folder / CHECKPOINT_FILE)
+        file = find_file(path, REPOSITORY, [CHECKPOINT_FILE])
+        self._tokenizer = _load_tokenizer(file.parent)
+        self._network = _load_network(file)
         for name in ("vision", "text"):
             self._network[name].to(getattr(torch, dtype))
 
     def __call__(
         self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
     ) -> Tensor:
-        """Score N pictures for their prompts.
-
-        Args:
-            images: float [N, 3, H, W] in [0, 1], of any size.
-            prompts: N prompts.
-            metadata: not used.
-
-        Returns:
-            Scores, float32 [N], on the device that computed them.
-
-        Raises:
-            ValueError: the images are not [N, 3, H, W], or not as many as the prompts.
-        """
+        """Score N images, float [N, 3, H, W] in [0, 1]: float32 [N]. `metadata` is not used."""
         import torch
 
         if images.ndim != 4 or images.shape[1] != 3:
@@ -149,13 +134,8 @@ class ImageReward:
     def _score(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         import torch
 
-        tokens = self._tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=MAX_TOKENS,
-            return_tensors="pt",
-        ).to(pixels.device)
+        settings = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS}
+        tokens = self._tokenizer(prompts, **settings, return_tensors="pt").to(pixels.device)
         with torch.no_grad():
             picture = self._network["vision"](pixels).last_hidden_state
             text = self._network["text"](
@@ -170,11 +150,7 @@ class ImageReward:
 def preprocess(images: Tensor) -> Tensor:
     """What the vision transformer reads, bit for bit as the original makes it from PIL images.
 
-    Args:
-        images: float [N, 3, H, W] in [0, 1].
-
-    Returns:
-        float32 [N, 3, size, size] on the CPU: the bicubically resized center of each picture.
+    Float [N, 3, H, W] in [0, 1] to the resized centers, float32 [N, 3, size, size] on the CPU.
     """
     import torch
 
@@ -231,11 +207,7 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _load_network(file: Path) -> Any:
-    """The two transformers and the head in evaluation mode, with the weights of a file.
-
-    Raises:
-        UserError: the file is damaged, or its names or shapes are not those of ImageReward-v1.0.
-    """
+    """The two transformers and the head in evaluation mode, with the weights of a file."""
     weights = read_weights(file, f"of https://huggingface.co/{REPOSITORY}")
     if not isinstance(weights, dict):
         raise UserError(f"option path: {file} holds a {type(weights).__name__}, no state dict")
@@ -271,13 +243,11 @@ def _build_network() -> Any:
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
     widths = (TEXT["hidden_size"], *HEAD_WIDTHS)
-    linears = [
-        nn.Linear(width, next_width, device="meta") for width, next_width in pairwise(widths)
-    ]
     head = nn.Sequential()
-    for number, linear in zip((0, 2, 4, 6, 7), linears, strict=True):  # dropout has the others
-        head.add_module(str(number), linear)
     with torch.device("meta"):
+        # Dropout has the other numbers.
+        for number, (inputs, outputs) in zip((0, 2, 4, 6, 7), pairwise(widths), strict=True):
+            head.add_module(str(number), nn.Linear(inputs, outputs))
         text_config = BlipTextConfig(**TEXT, encoder_hidden_size=VISION["hidden_size"])
         text = BlipTextModel(text_config, add_pooling_layer=False)
         vision = BlipVisionModel(BlipVisionConfig(**VISION))

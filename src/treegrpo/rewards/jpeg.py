@@ -22,10 +22,7 @@ def jpeg_compressibility(
 ) -> Tensor:
     """Minus the size of each picture's JPEG file at quality 95, in kB (1000 bytes): float32 [N].
 
-    Args:
-        images: float [N, 3, H, W] in [0, 1].
-        prompts: not used.
-        metadata: not used.
+    Images are float [N, 3, H, W] in [0, 1]; nothing else is used.
     """
     return -jpeg_incompressibility(images, prompts, metadata)
 
@@ -34,9 +31,8 @@ def jpeg_incompressibility(
     images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
 ) -> Tensor:
     """The size of each picture's JPEG file at quality 95, in kB; see `jpeg_compressibility`."""
-    pixels = to_uint8(images)
     sizes = []
-    for picture in pixels.permute(0, 2, 3, 1).cpu().numpy():
+    for picture in to_uint8(images).permute(0, 2, 3, 1).cpu().numpy():
         file = BytesIO()
         Image.fromarray(picture).save(file, format="JPEG", quality=QUALITY)
         sizes.append(file.tell() / 1000)

@@ -85,13 +85,10 @@ class OCR:
     concurrent = True
 
     def __init__(self, threads: int | None = None) -> None:
-        """Load the reader.
+        """Load the reader, or raise a UserError that says how to install it.
 
         Args:
             threads: pictures read at the same time; None: this process's share of the cores.
-
-        Raises:
-            UserError: the reader is not installed, or the number of threads is not positive.
         """
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise UserError(f"option threads: {threads!r} is not a positive integer, nor null")
@@ -124,18 +121,11 @@ class OCR:
     def __call__(
         self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
     ) -> list[float]:
-        """Read and compare: N numbers in [0, 1].
-
-        Args:
-            images: float [N, 3, H, W] in [0, 1].
-            prompts: N prompts with text in quotes, where `metadata` does not give it.
-            metadata: N dicts, of which "text" is used, or None.
-        """
+        """Read N images, float [N, 3, H, W] in [0, 1], and compare: N numbers in [0, 1]."""
         entries = metadata or [{}] * len(prompts)
         targets = [_target(*pair) for pair in zip(prompts, entries, strict=True)]
-        pixels = to_uint8(images)
         # OpenCV, and with it the reader, has blue first.
-        pictures = pixels.flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        pictures = to_uint8(images).flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(self._score, pictures, targets))
 

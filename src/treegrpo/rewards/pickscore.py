@@ -19,15 +19,13 @@ REPOSITORY = "yuvalkirstain/PickScore_v1"
 class PickScore:
     """The model's logit, about 17 to 24: a difference d means a preference of sigmoid(d).
 
-    It is the published code's score: the cosine times the checkpoint's learned scale of about 100.
+    It is the cosine times the checkpoint's learned scale of about 100, as in the published code;
     flow_grpo divides it by 26.
 
     Args:
         path: PickScore in transformers' format with its tokenizer, a local folder or a hub
             repository; None: yuvalkirstain/PickScore_v1.
-        device: a torch device, or "auto" for that of the images.
-        dtype: "float32" or "bfloat16".
-        batch_size: images, or prompts, at once.
+        device, dtype, batch_size: those of `Placement`.
 
     Raises:
         UserError: an option's value is not allowed, or the checkpoint is missing or incomplete.

@@ -37,12 +37,7 @@ MAX_PIXELS = 2**28  # of one request; 3 GiB as floats
 
 
 class Refusal(Exception):
-    """A request that is answered with an error: its HTTP status, and why.
-
-    Args:
-        status: 4xx or 5xx.
-        reason: what the client is told.
-    """
+    """A request that is answered with an error: its HTTP status, 4xx or 5xx, and why."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -77,10 +72,6 @@ def read_score(
 ) -> tuple[Tensor, list[str], list[dict[str, Any]] | None]:
     """The images, prompts and metadata of a request to score.
 
-    Args:
-        body: of the request.
-        max_batch: most images of one request.
-
     Returns:
         Images, float32 [N, 3, H, W] in [0, 1]; N prompts; N dicts, or None.
 
@@ -98,11 +89,7 @@ def read_score(
 
 
 def read_check(body: bytes) -> tuple[list[str], list[dict[str, Any]] | None]:
-    """The prompts and metadata, as many or None, of a request to check them.
-
-    Raises:
-        Refusal: names the field that is not as it must be.
-    """
+    """The prompts and metadata, as many or None, of a request to check them."""
     request = _object(body)
     prompts: Any = request.get("prompts")
     if not isinstance(prompts, list):

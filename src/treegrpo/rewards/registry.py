@@ -3,8 +3,7 @@
 A reward is anything that is called as `(images, prompts, metadata) -> N numbers`. Adding one needs
 no code here: name it `module:function`, or `module:Class` where it has options and a state.
 
-Left out: asking a reward, which `treegrpo.rewards.scoring` does. Nothing heavy is imported here
-until a reward is looked up.
+Left out: asking a reward (`scoring.py`). Nothing heavy is imported until one is looked up.
 """
 
 from __future__ import annotations
@@ -87,11 +86,7 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
 
 
 def check_reward(name: str, options: Mapping[str, Any] | None = None) -> None:
-    """Refuse what `load_reward` would, as far as that can be said without loading anything heavy.
-
-    Raises:
-        UserError: as `load_reward`.
-    """
+    """Refuse what `load_reward` would, as far as that can be said without loading a model."""
     if name in BUILT_IN and not options:
         return  # These exist, and importing them takes seconds.
     _find(name, options)

@@ -1,7 +1,7 @@
 """A reward on another machine, asked by HTTP.
 
-Left out: the protocol (`treegrpo.rewards.protocol`), patience with servers that are away
-(`treegrpo.rewards.http`), and starting a server (`treegrpo serve-reward`).
+Left out: the protocol (`protocol.py`), patience with servers that are away (`http.py`), and the
+server (`server.py`).
 """
 
 from __future__ import annotations
@@ -28,17 +28,10 @@ class Remote:
 
     Args:
         url: the server's address, without `/score`.
-        headers: sent with every request; not for secrets.
-        token_env: the environment variable with the server's token.
-        token_header: the header that takes the token, after "Bearer" if it is Authorization.
-        timeout_seconds: of silence, after which a request is repeated. Requests that wait for
-            others at the server are silent, too.
-        give_up_after_seconds: how long an unreachable server is waited for.
+        timeout_seconds: of silence; requests that wait for others at the server are silent, too.
         batch_size: images per request.
-        concurrency: requests at once.
 
-    Raises:
-        UserError: an option cannot be used.
+    The other options are those of `Endpoint`, with which it refuses what cannot be used.
     """
 
     concurrent = True
@@ -73,8 +66,7 @@ class Remote:
         """Scores [N] of images, float [N, 3, H, W] in [0, 1].
 
         Raises:
-            ServerError: no answer for too long, a refusal, or an answer that is not N finite
-                numbers.
+            ServerError: no answer for too long, a refusal, or no N finite numbers.
         """
         pixels = to_pixels(images)
 

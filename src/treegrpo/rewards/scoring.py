@@ -1,7 +1,6 @@
 """Asking a reward without trusting it.
 
-Left out: how rewards are named and made, which is in `treegrpo.rewards.registry`; what becomes of
-scores, which is the algorithm's (`treegrpo.advantage`).
+Left out: naming and making rewards (`registry.py`), what becomes of scores (`advantage.py`).
 """
 
 from __future__ import annotations
@@ -30,29 +29,18 @@ class RewardError(RuntimeError):
 
 
 def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:
-    """Let each reward refuse prompts that it cannot score.
-
-    Args:
-        rewards: by the names that messages give them.
-        prompts: all prompts of a run.
-
-    Raises:
-        UserError: names the reward, and what it says of which prompt.
-    """
+    """Let each reward refuse, with a UserError, a run's prompts that it cannot score."""
     texts = [prompt.text for prompt in prompts]
     metadata = [dict(prompt.metadata) for prompt in prompts]
     for name, reward in rewards.items():
-        check = getattr(reward, "check", None)
-        if check is not None:
-            try:
-                check(texts, metadata)
-            except UserError as error:
-                raise UserError(f"reward {name!r}: {error}") from error
-            except Exception as error:
-                raise UserError(
-                    f"reward {name!r}: its check of the prompts raised {type(error).__name__}: "
-                    f"{error}"
-                ) from error
+        try:
+            getattr(reward, "check", lambda *_: None)(texts, metadata)
+        except UserError as error:
+            raise UserError(f"reward {name!r}: {error}") from error
+        except Exception as error:
+            raise UserError(
+                f"reward {name!r}: its check of the prompts raised {type(error).__name__}: {error}"
+            ) from error
 
 
 @contextmanager
@@ -82,16 +70,13 @@ def score(
 
     Args:
         name: the reward's name in error messages.
-        reward: the reward.
         images: from `as_pictures`, [N, 3, H, W], or videos [N, all frames, 3, H, W].
-        prompts: one per image.
-        metadata: one dict per image, or None.
         keep_folder: where the images and prompts of a failed batch are saved, if anywhere.
         frames: of a video, evenly spaced, that are asked about.
 
     Raises:
-        RewardError: the reward raised, or did not return N finite numbers. The message names the
-            reward, the prompt and the value, and where the images are.
+        RewardError: the reward raised, or did not return N finite numbers. The message says which
+            reward, prompt and value, and where the images are.
     """
     import torch
 

@@ -2,8 +2,8 @@
 
 One process, one model, one batch at a time. Needs `pip install 'treegrpo[serve]'`.
 
-Left out: what requests hold (`treegrpo.rewards.protocol`); TLS (put a proxy in front); several
-models (start several servers).
+Left out: what requests hold (`protocol.py`), TLS (put a proxy in front), several models (start
+several servers).
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ class RewardServer(uvicorn.Server):
 
     Args:
         listener: a bound socket.
-        name: the reward's name.
-        reward: the reward. It is called by one thread at a time.
+        reward: is called by one thread at a time.
         token: what clients must send as `Authorization: Bearer`, or None.
         max_batch: most images of one request.
         device: where the reward gets its images.
@@ -96,9 +95,8 @@ class RewardServer(uvicorn.Server):
         await super().startup(sockets)
         print(f"serving {self.name} at {self.url} on {self.device}", flush=True)
         if self.token is None and not self.url.startswith("http://127."):
-            print(
-                "warning: no token is asked for; --token-env names a variable with one", flush=True
-            )
+            warning = "warning: no token is asked for; --token-env names a variable with one"
+            print(warning, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop once the batch that is being scored is answered; the second signal ends it at once.
@@ -234,10 +232,9 @@ def serve(
     It prints its address when it is ready, and a line per request. Call it in the main thread.
 
     Args:
-        reward_name: as in a configuration.
-        options: the reward's options, as in a configuration.
+        reward_name, options: of a reward, as in a configuration.
         host: the address to listen on; "0.0.0.0" lets other machines in.
-        port: the port; 0 lets the system choose.
+        port: 0 lets the system choose.
         token_env: the environment variable with the token that clients must send.
         max_batch: most images of one request.
         device: where the reward gets its images; "auto" is the accelerator, if there is one.
