@@ -1,4 +1,7 @@
-"""Settings that make a run fit into the memory at hand."""
+"""Settings that make a run fit into the memory at hand.
+
+Left out: fewer prompts, smaller images and whatever else would change the task.
+"""
 
 from __future__ import annotations
 
@@ -40,12 +43,7 @@ class Advice:
 def suggest(
     config: Config, limit: int, *, processes: int = 1, measurements: Measurements | None = None
 ) -> Advice:
-    """The mildest settings, in the order of `_remedies`, whose peak on the device is in the limit.
-
-    Args:
-        limit: bytes.
-        processes, measurements: as for `estimate`.
-    """
+    """The mildest settings, in the order of `_remedies`, whose peak is within `limit` bytes."""
     measured = measurements or Measurements(config.rollout.steps)
 
     def with_(changes: Mapping[str, Any]) -> Estimate:
@@ -87,12 +85,12 @@ def _mildest(
     most: int,
     excess: Callable[[Mapping[str, Any]], int],
 ) -> Any:
-    """The first of a remedy's values with which no more than `most` is missing, as with its last
-    (by bisection)."""
-    found = bisect.bisect_left(
-        values[:-1], True, key=lambda value: excess({**others, key: value}) <= most
-    )
-    return values[found]
+    """The first value with which no more than `most` bytes are missing, as with the last."""
+
+    def fits(value: Any) -> bool:
+        return excess({**others, key: value}) <= most
+
+    return values[bisect.bisect_left(values[:-1], True, key=fits)]
 
 
 # The phases that a remedy can help; those that are not here can help any.

@@ -161,15 +161,7 @@ class Skeleton:
     """
 
     def __init__(self, model: ModelConfig, steps: int) -> None:
-        """Opens the checkpoint as training does.
-
-        Args:
-            model: the section of the configuration.
-            steps: of the schedule.
-
-        Raises:
-            ModelError: as `open_policy`.
-        """
+        """Opens the checkpoint as training does."""
         # What kernels do is not looked at, and nothing is kept on disk.
         unseen = {"compile": False, "attention_backend": None, "embedding_cache": None}
         model = model.model_copy(update=unseen)
@@ -225,10 +217,8 @@ class Skeleton:
     def rollout(self, rows: int, children: int, *, again: bool) -> int:
         """Peak bytes of one step of a rollout beside the states that it makes.
 
-        Args:
-            rows: nodes of a batch.
-            children: of each.
-            again: whether there are more batches, which begin before the last one's tensors leave.
+        `rows` nodes have so many children each; with `again` there are more such batches, which
+        begin before the last one's tensors leave.
         """
         policy = self.policy
         predict = policy.predictor(policy.encode([""]), self._steps)
@@ -249,7 +239,6 @@ class Skeleton:
             rows: nodes of a micro-batch, or samples where the plan has no edges.
             siblings: children of each; 0 where there are no edges.
             accumulate: whether gradients of an earlier micro-batch are there already.
-            method: whose losses are taken.
         """
         policy = self.policy
         predict = policy.predictor(policy.encode([""]), self._steps)
@@ -274,12 +263,9 @@ class Skeleton:
         return count.peak + (total_bytes(self.trained) if accumulate else 0)
 
     def decode(self, rows: int, frames: int, *, again: bool) -> Decoding:
-        """Peak bytes of the decoder.
+        """Peak bytes of decoding `rows` latents at once, with `again` as many after them.
 
-        Args:
-            rows: latents that are decoded at once.
-            frames: of a video, which are kept.
-            again: whether as many latents follow.
+        So many frames of a video are kept.
         """
         with self._mode:
             latents = torch.empty(2 * rows if again else rows, *self.policy.latent_shape)
@@ -321,21 +307,22 @@ def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
     The meta device itself would choose other attention kernels.
     """
     made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            with mode:
+                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+        return made[id(tensor)]
+
     for part in module.modules():
         # Some models keep tensors as plain attributes.
         of_part: tuple[dict[str, Any], ...] = part._parameters, part._buffers, vars(part)
         for tensors in of_part:
             for name, tensor in tensors.items():
                 if isinstance(tensor, Tensor):
-                    if id(tensor) not in made:
-                        with mode:
-                            fake = torch.empty_strided(
-                                tensor.shape, tensor.stride(), dtype=tensor.dtype
-                            )
-                        if isinstance(tensor, nn.Parameter):
-                            fake = nn.Parameter(fake, tensor.requires_grad)
-                        made[id(tensor)] = fake
-                    tensors[name] = made[id(tensor)]
+                    tensors[name] = fake(tensor)
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:

@@ -85,8 +85,8 @@ def detect(images: Tensor) -> Detections:
     band = np.maximum(np.maximum(padded[:, :-2], padded[:, 1:-1]), padded[:, 2:])
     grown = np.maximum(np.maximum(band[..., :-2], band[..., 1:-1]), band[..., 2:])
     core = labels > 0
-    for rows, columns in ((0, 1), (2, 1), (1, 0), (1, 2)):  # above, below, left, right
-        core &= padded[:, rows:, columns:][:, :IMAGE_SIZE, :IMAGE_SIZE] == labels
+    for top, left in ((0, 1), (2, 1), (1, 0), (1, 2)):
+        core &= padded[:, top : top + IMAGE_SIZE, left : left + IMAGE_SIZE] == labels
 
     contrast = contrast.reshape(-1, 3)
     areas = np.bincount(labels.ravel())

@@ -33,8 +33,11 @@ def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> N
     texts = [prompt.text for prompt in prompts]
     metadata = [dict(prompt.metadata) for prompt in prompts]
     for name, reward in rewards.items():
+        check = getattr(reward, "check", None)
+        if check is None:
+            continue
         try:
-            getattr(reward, "check", lambda *_: None)(texts, metadata)
+            check(texts, metadata)
         except UserError as error:
             raise UserError(f"reward {name!r}: {error}") from error
         except Exception as error:
