@@ -1,6 +1,7 @@
 # make setup            the virtual environment, with the exact versions of constraints.txt
 # make train ARGS=...   treegrpo train ARGS; without ARGS, the miniature job
-# make test             format, lint, types, tests
+# make check            format, lint, types, tests of the algorithm and the configuration
+# make test             format, lint, types, all tests, on WORKERS processes
 # make bench ARGS=...   every benchmark; ARGS=--quick for a minute each
 
 PYTHON ?= python3.11
@@ -12,7 +13,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.setup-$(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)
 TORCH := $(shell grep '^torch==' constraints.txt)
 
-.PHONY: setup train test bench
+# Processes of the tests; each computes on one core.
+WORKERS ?= 2
+QUICK_TESTS := $(addprefix tests/test_,$(addsuffix .py,plan transition advantage objective \
+	policy_gradient config methods))
+
+.PHONY: setup train lint check test bench
 
 setup: $(STAMP)
 
@@ -26,11 +32,16 @@ $(STAMP):
 train: $(STAMP)
 	$(BIN)/treegrpo train $(ARGS)
 
-test: $(STAMP)
+lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest
+
+check: lint
+	$(BIN)/pytest -q $(QUICK_TESTS)
+
+test: lint
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal
 
 bench: $(STAMP)
 	for benchmark in benchmarks/*.py; do $(BIN)/python $$benchmark $(ARGS) || exit 1; done

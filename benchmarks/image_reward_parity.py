@@ -14,6 +14,8 @@ bert-base-uncased's vocab.txt; what it lacks is made up: random weights, saved b
 classes in full size, and a vocabulary of the prompts' letters and words. `--quick` compares two
 narrow layers instead and prints the scores that tests/test_image_reward.py holds. The last line is
 one JSON object.
+
+Left out: the other reward models (`reward_parity.py`).
 """
 
 from __future__ import annotations
@@ -95,7 +97,7 @@ def pictures() -> list[NDArray[np.uint8]]:
     for index, (width, height) in enumerate(SIZES + [(512, 512)] * BATCH):
         rng = np.random.default_rng([7, index])
         y, x = np.mgrid[:height, :width] / max(width, height)
-        angle, frequency, phase = rng.uniform(0, [[6.3], [40], [6.3]], (3, 3))
+        angle, frequency, phase = rng.uniform(0, np.array([[6.3], [40.0], [6.3]]), (3, 3))
         waves = np.sin(
             frequency * (np.cos(angle) * x[..., None] + np.sin(angle) * y[..., None]) + phase
         )
@@ -155,14 +157,14 @@ def run_original(folder: Path) -> None:
         # Its compiled part is for another build of torch; its transforms do without.
         for name in [name for name in sys.modules if name.startswith("torchvision")]:
             del sys.modules[name]
-        library = torch.library.Library("torchvision", "FRAGMENT")
+        library: Any = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import torchvision  # noqa: F401
     import ImageReward as package
     from ImageReward.models.BLIP import blip_pretrain, vit
 
-    module = sys.modules["ImageReward.ImageReward"]  # the package's attribute is its class
+    module: Any = sys.modules["ImageReward.ImageReward"]  # the package's attribute is its class
     if task["tiny"]:
         sizes = {"embed_dim": 64, "depth": 2, "num_heads": 4}
         blip_pretrain.create_vit = lambda *_: (vit.VisionTransformer(**sizes), 64)

@@ -7,6 +7,8 @@ the plan differs. They take turns, iteration by iteration, so that a machine who
 slows all of them alike. TreeGRPO and MixGRPO use the paper's window (r = 0.5, w = 3): over the
 rounds its start takes each value as often as its distribution says, since an early window costs
 TreeGRPO more. The last line is one JSON object.
+
+Left out: what is learned in that time (`learning.py`), and GPUs of several machines.
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ Each seed is a whole run of the given configuration (by default the one of `tree
 its own prompts order, noises and window draws; the held-out prompts and evaluation noises are the
 same for all. `--quick` stops one seed after half a minute of training: it shows that the benchmark
 works, not what training achieves. The last line is one JSON object.
+
+Left out: a comparison of methods.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ training runs under the profiler, which records every allocation; a phase's meas
 most that was handed out in it, on top of the weights and the optimizer's state. Two tables follow:
 the rollout's peak beside its states stays as the leaves grow, and the update's activations depend
 on the micro-batch alone. The last line is one JSON object.
+
+Left out: recipes that no CPU holds (`recipe_memory.py`).
 """
 
 from __future__ import annotations

@@ -6,6 +6,8 @@ Renders 200 words in twelve fonts, in many sizes, colors and places on four kind
 scores every picture with a prompt that asks for its word and with prompts that ask for the word
 with one letter replaced, left out or added. A perfect reader gives 1 to the first and 1 - 1/length
 to the others. The last line is one JSON object.
+
+Left out: pictures that a model drew.
 """
 
 from __future__ import annotations

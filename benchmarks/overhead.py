@@ -6,6 +6,8 @@ The profiler's ranges around the calls of the model (forward and backward), of t
 decoder and of the rewards are summed and divided by its range around the whole iteration. What is
 left is the library's own: branching, draws, log-probabilities, backup, optimizer, logging. The last
 line is one JSON object.
+
+Left out: seconds of one method against another (`iteration.py`).
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@
 The checkpoints' published configurations are written down here, so that neither a download nor a
 GPU is needed. That they are the right ones shows in the networks' published parameter counts, which
 are compared. The last line is one JSON object.
+
+Left out: a measurement beside the estimate (`memory.py`).
 """
 
 from __future__ import annotations

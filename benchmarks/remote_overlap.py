@@ -16,6 +16,8 @@ machine whose speed drifts slows all of them alike:
 At best overlapping hides all sampling but the first quarter's, or all scoring but the last
 quarter's, whichever is less: nothing is left to be sampled while the last images are scored. The
 last line is one JSON object.
+
+Left out: networks: servers and trainer share one machine.
 """
 
 from __future__ import annotations

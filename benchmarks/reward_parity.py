@@ -16,6 +16,8 @@ and get an environment of their own, whose interpreter is PYTHON:
 Pillow is ours: another version resizes a little differently (13.0 moves `aesthetic` by 2e-4). hpsv2
 pins versions that nothing here needs, and its wheel lacks that file. A reward whose original is not
 installed, as all are without --originals, is reported as such. The last line is one JSON object.
+
+Left out: ImageReward (`image_reward_parity.py`).
 """
 
 from __future__ import annotations
@@ -370,7 +372,7 @@ def compare(name: str, python: str | None, quick: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [python, __file__, "--score-original", folder, name, *["--quick"] * quick]
         answer = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        original = json.loads(answer.stdout.splitlines()[-1])
+        original: dict[str, Any] = json.loads(answer.stdout.splitlines()[-1])
         if "missing" in original:
             return report | original
         started = time.perf_counter()

@@ -4,6 +4,8 @@
 
 The checkpoints are tiny ones of the real architectures with random weights, made by
 tests/tiny_checkpoints. In float32, from the same noises, with the same steps, guidance and size.
+
+Left out: gradients, and checkpoints with published weights.
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
     python docs/make_tree_picture.py [MODEL] [--prompt TEXT] [--seed N] [--out FILE]
 
 MODEL needs prompts of the miniature's grammar, since its verifiable reward scores the leaves.
+
+Left out: trees of a run: this one is sampled for the picture.
 """
 
 from __future__ import annotations

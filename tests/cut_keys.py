@@ -27,10 +27,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "src"))
 import pytest
 from pydantic import BaseModel
 from test_wiring import ROWS, Row, check, quick_collections
-from wiring import Observer, make_files, train
+from wiring import Observer, make_files
 
 from treegrpo.config import Config
 from treegrpo.report.run import TrainingResult
+from treegrpo.training.loop import train
 
 WITHOUT_DEFAULT = "wiring:brightness"  # a reward's name
 

@@ -78,8 +78,12 @@ class ForwardProcess(Method):
         owners = owners.repeat_interleave(forest.leaves.shape[1])
         # The samples are dealt out to the levels, as evenly as they go.
         steps = forest.plan.steps
-        rows = [torch.arange(step, len(leaves), steps, device=device) for step in range(steps)]
-        split = [(step, row.split(update.micro_batch)) for step, row in enumerate(rows) if len(row)]
+        rows = [torch.arange(len(leaves), device=device)[step::steps] for step in range(steps)]
+        split = [
+            (step, torch.split(row, update.micro_batch))
+            for step, row in enumerate(rows)
+            if len(row)
+        ]
         parts = [(step, part) for step, some in split for part in some]
         for number, (step, part) in enumerate(parts, start=1):
             clean, weight = leaves[part.to(leaves.device)].to(device), weights[part]

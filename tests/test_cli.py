@@ -143,6 +143,8 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(treegrpo: Command
     prepare_folder(load_config(None, ["output=run"]), resume=False, overwrite=True)
     left = sorted(str(path) for path in Path("run").rglob("*") if path.is_file())
     assert left == ["run/config.yaml", "run/notes.txt", "run/src/a.py", "run/versions.json"]
+    # Both are the new run's.
+    assert Path("run/config.yaml").stat().st_size and Path("run/versions.json").stat().st_size
 
 
 @pytest.mark.parametrize(

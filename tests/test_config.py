@@ -1,12 +1,12 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from treegrpo.config import Config, ConfigError, describe_fields, load_config, to_yaml
+from treegrpo.config import Config, ConfigError, describe_fields, load_config, method_of, to_yaml
 from treegrpo.config.wording import methods_with
-from treegrpo.methods import method_of
 from treegrpo.rewards import check_reward
 
 
@@ -37,7 +37,9 @@ def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) 
         tmp_path,
         "rollout:\n  branching: 2\n  window_size: 4\ntrain:\nrewards:\n- name: clip\n",
     )
-    config = load_config(path, ["rollout.branching=4", "rewards.0.weight=0.5", "output=runs/a=b"])
+    config: Any = load_config(
+        path, ["rollout.branching=4", "rewards.0.weight=0.5", "output=runs/a=b"]
+    )
     assert config.rollout.branching == 4
     assert config.rollout.window_size == 4
     assert config.rollout.steps == Config().rollout.steps
@@ -182,7 +184,8 @@ def test_settings_of_other_methods_are_refused_by_name(
 def test_another_method_leaves_behind_what_only_the_files_method_has(tmp_path: Path) -> None:
     rollout, advantage = "{branching: 2, window_size: 4, steps: 6}", "{backup: uniform, eps: 1e-3}"
     path = written(tmp_path, f"rollout: {rollout}\nadvantage: {advantage}\n")
-    assert load_config(path, []).rollout.window_size == 4
+    config: Any = load_config(path, [])
+    assert config.rollout.window_size == 4
     config = load_config(path, ["rollout.method=mix_grpo", "rollout.group_size=5"])
     assert (config.rollout.window_size, config.rollout.group_size) == (4, 5)
     assert (config.rollout.steps, config.advantage.eps) == (6, 1e-3)
@@ -282,9 +285,10 @@ def test_recipes_are_complete(path: Path) -> None:
 
 def test_the_recipe_of_the_paper_has_its_numbers() -> None:
     (path,) = [path for path in RECIPES if path.name == "sd3.5-medium.yaml"]
-    config = load_config(path, [])
-    plan = method_of(config).plan_at(0)
-    assert (config.rollout.steps, plan.branching[:3], plan.leaves) == (10, (3, 3, 3), 27)
+    config: Any = load_config(path, [])
+    plan = method_of(config).plan(0)
+    window = slice(plan.stochastic_steps[0], plan.stochastic_steps[0] + 3)
+    assert (config.rollout.steps, plan.branching[window], plan.leaves) == (10, (3, 3, 3), 27)
     assert (config.rollout.window_decay, config.rollout.noise_level) == (0.5, 0.7)
     assert (config.train.learning_rate, config.train.weight_decay) == (1e-5, 0.01)
     assert (config.train.iterations, config.model.guidance_scale) == (250, 4.5)

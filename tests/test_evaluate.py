@@ -32,7 +32,7 @@ from treegrpo.errors import UserError
 from treegrpo.evaluation import pair
 from treegrpo.evaluation.measure import evaluate
 from treegrpo.evaluation.results import Evaluation, compare
-from treegrpo.evaluation.sampling import sample
+from treegrpo.evaluation.sampling import Draws, sample
 from treegrpo.models.adapters import add_lora
 from treegrpo.models.export import export
 from treegrpo.models.opening import load_policy
@@ -159,10 +159,7 @@ def test_shares_join_to_the_whole(tiny_checkpoint: Path) -> None:
             policy,
             prompts,
             {"x": load_reward(REWARD)},
-            images_per_prompt=2,
-            steps=2,
-            seed=1,
-            max_batch=max_batch,
+            Draws(images_per_prompt=2, steps=2, seed=1, max_batch=max_batch),
             keep=[2, 0],
             share=share,
         )
@@ -217,14 +214,7 @@ def test_scores_are_those_of_the_images(treegrpo: Run, tiny_checkpoint: Path) ->
     policy = load(tiny_checkpoint)
     prompts = [one["prompt"] for one in summary["per_prompt"]]
     for seed in range(2):
-        images = sample(
-            policy,
-            prompts,
-            images_per_prompt=1,
-            steps=2,
-            generator=torch.Generator().manual_seed(seed),
-            max_batch=16,
-        )
+        images = sample(policy, prompts, Draws(images_per_prompt=1, steps=2, seed=seed))
         means = (images * 255).round().mean((1, 2, 3, 4)) / 255
         scores = [one["scores"][REWARD]["trained"][seed] for one in summary["per_prompt"]]
         # One pixel that is rounded the other way moves the mean by 1.3e-6.
@@ -399,10 +389,7 @@ def test_a_videos_middle_frame_is_shown(treegrpo: Run) -> None:
     code, _, _ = treegrpo("wan", *arguments, "--reward", REWARD, "--page", "p.html")
     assert code == 0
     policy = load(Path("wan"))
-    generator = torch.Generator().manual_seed(0)
-    (video,) = sample(
-        policy, ["a cat"], images_per_prompt=1, steps=2, generator=generator, max_batch=1
-    )[0]
+    (video,) = sample(policy, ["a cat"], Draws(images_per_prompt=1, steps=2))[0]
     assert len(video) == 5
     expected = (video[2] * 255).round().byte().permute(1, 2, 0)
     (shown,) = Page(Path("p.html")).images["trained: a cat"]

@@ -15,7 +15,7 @@ from tiny_checkpoints import Case
 
 from treegrpo import cli
 from treegrpo.config import ModelConfig
-from treegrpo.evaluation.sampling import sample
+from treegrpo.evaluation.sampling import Draws, sample
 from treegrpo.models.folder import SAMPLING_FILE, ModelError
 from treegrpo.models.opening import load_policy, open_policy
 from treegrpo.models.policy import Policy
@@ -69,15 +69,8 @@ def noise_of(policy: Policy) -> torch.Tensor:
 
 def images_of(policy: Policy) -> torch.Tensor:
     """One per prompt, from the noises that `noise_of` gives."""
-    images = sample(
-        policy,
-        PROMPTS,
-        images_per_prompt=1,
-        steps=policy.sampling.steps,
-        generator=torch.Generator().manual_seed(0),
-        max_batch=64,
-    )
-    return images[:, 0]
+    draws = Draws(images_per_prompt=1, steps=policy.sampling.steps, max_batch=64)
+    return sample(policy, PROMPTS, draws)[:, 0]
 
 
 def difference(case: Case, folder: Path, policy: Policy, pipeline: Any | None = None) -> float:

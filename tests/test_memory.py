@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def configuration(checkpoint: Path, *changes: str) -> Config:
     return load_config(None, [*SMALL, f"model.path={checkpoint}", *changes])
 
 
-def bytes_of(tensors: list[Tensor]) -> int:
+def bytes_of(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -90,7 +91,7 @@ def test_weights_optimizer_and_forwards_are_those_of_a_run(
     assert parts["optimizer"] == bytes_of(state)
     average = [] if run.learner.average is None else run.learner.average.shadow_params
     assert parts.get("average", 0) == bytes_of(average)
-    reference = [] if run.learner.reference is None else list(run.learner._reference.parameters())
+    reference = [] if run.learner.reference is None else list(run.learner.reference.parameters())
     assert parts.get("reference", 0) == bytes_of(reference)
     assert parts["gradients"] == bytes_of(trained)
 

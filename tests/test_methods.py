@@ -10,8 +10,8 @@ import torch
 from command_line import CommandLine
 
 from treegrpo.advantage import depth_normalized
-from treegrpo.config import load_config
-from treegrpo.methods import BUILT_IN, Scores, method_of
+from treegrpo.config import load_config, method_of
+from treegrpo.methods import BUILT_IN, Scores
 from treegrpo.plan import PlanError, RolloutPlan
 from treegrpo.rollout import Rollout
 from treegrpo.run_folder import read_lines

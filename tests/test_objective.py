@@ -189,7 +189,8 @@ def test_a_prompts_samples_do_not_depend_on_its_batch() -> None:
 
     def sample(prompts: list[int]) -> Rollout:
         def predict(x: Tensor, step: int, index: Tensor) -> Tensor:
-            return policy(x, step, torch.tensor(prompts)[index])
+            output: Tensor = policy(x, step, torch.tensor(prompts)[index])
+            return output
 
         steps = transitions(SCHEDULE, TREE.stochastic)
         generators = [torch.Generator().manual_seed(prompt) for prompt in prompts]

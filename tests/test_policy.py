@@ -15,7 +15,7 @@ from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
 from treegrpo.config import ModelConfig, load_config
-from treegrpo.evaluation.sampling import sample
+from treegrpo.evaluation.sampling import Draws, sample
 from treegrpo.models import text
 from treegrpo.models.adapters import add_lora
 from treegrpo.models.components import Components
@@ -61,15 +61,7 @@ def pipeline_images(pipeline: Any, noise: torch.Tensor, **settings: Any) -> torc
 
 def policy_images(policy: Policy) -> torch.Tensor:
     """One image per prompt, from the noises that `noise_of` gives."""
-    images = sample(
-        policy,
-        PROMPTS,
-        images_per_prompt=1,
-        steps=STEPS,
-        generator=torch.Generator().manual_seed(0),
-        max_batch=64,
-    )
-    return images[:, 0]
+    return sample(policy, PROMPTS, Draws(images_per_prompt=1, steps=STEPS, max_batch=64))[:, 0]
 
 
 def noise_of(policy: Policy) -> torch.Tensor:

@@ -18,9 +18,8 @@ import toy_rewards
 from diffusers import SD3Transformer2DModel
 
 from treegrpo import checkpoint, cli
-from treegrpo.config import Config, ModelConfig, load_config
+from treegrpo.config import Config, ModelConfig, load_config, method_of
 from treegrpo.errors import UserError
-from treegrpo.methods import method_of
 from treegrpo.models.folder import ModelError
 from treegrpo.models.opening import load_policy
 from treegrpo.prompts import PromptError
@@ -477,7 +476,8 @@ def test_a_gradient_that_is_not_finite_is_not_followed(configure: Callable[..., 
     run = build(configure())
     before = weights_of(run)
     run.progress.iteration = 1  # where nobody looks at the first ratio
-    run.policy.network.proj_out.register_forward_hook(
+    network: Any = run.policy.network
+    network.proj_out.register_forward_hook(
         lambda module, inputs, output: output * torch.nan if torch.is_grad_enabled() else output
     )
     with pytest.raises(UserError, match="the gradient of iteration 1 is not finite"):

@@ -427,6 +427,9 @@ def _told(seen: _Seen, folder: Path, run: Path, messages: str) -> Observations:
     # Of the first iteration: before any weight has moved.
     for name in ("leaves", "log_probs", "gradients", "rewards", "evaluations", "gradient_norms"):
         told[f"first_{name}"] = told[name][:1]
+    # A spy that is passed by would see nothing change.
+    for name in ("leaves", "log_probs", "gradients", "prompts", "evaluation_prompts", "exported"):
+        assert told[name], f"no {name} were seen; look at what wiring.py wraps"
     for name in ("rollout", "update", "reference", "evaluation"):
         told[f"{name}_timesteps"] = list(dict.fromkeys(seen.timesteps.get(name, [])))
         told[f"{name}_largest"] = max(told[f"{name}_batches"], default=0)

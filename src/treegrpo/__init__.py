@@ -1,4 +1,7 @@
-"""TreeGRPO: online reinforcement learning for diffusion and flow models by tree rollouts."""
+"""TreeGRPO: online reinforcement learning for diffusion and flow models by tree rollouts.
+
+Left out: the algorithm, which is imported from its own files, such as `treegrpo.rollout`.
+"""
 
 from importlib import import_module
 from typing import Any

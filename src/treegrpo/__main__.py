@@ -1,3 +1,8 @@
+"""`python -m treegrpo` is the command line.
+
+Left out: the commands (`cli.py`).
+"""
+
 from treegrpo.cli import main
 
 main()

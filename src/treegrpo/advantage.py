@@ -3,6 +3,8 @@
 Both estimators, `backup` (TreeGRPO, and plain GRPO for a plan that never branches) and
 `depth_normalized` (BranchGRPO), have one form: (leaf values, rollout) -> one tensor of edge
 advantages per stochastic level. They know rewards and structure, nothing else.
+
+Left out: what rewards are (`rewards/`) and which estimator a method takes (`methods/`).
 """
 
 from __future__ import annotations
@@ -50,7 +52,7 @@ def normalize(
 
 
 def without_signal(values: Tensor) -> Tensor:
-    """bool [prompts]: the groups whose values are all equal, from which nothing can be learned."""
+    """Bool [prompts]: the groups whose values are all equal, from which nothing can be learned."""
     return values.amax(1) == values.amin(1)
 
 

@@ -1,4 +1,7 @@
-"""What a training run shows while it works: a live line on a terminal, plain lines elsewhere."""
+"""What a training run shows while it works: a live line on a terminal, plain lines elsewhere.
+
+Left out: records on disk (`tracking.py`) and tables of evaluations (`report/`).
+"""
 
 from __future__ import annotations
 
@@ -56,6 +59,7 @@ class Display:
         self._progress.stop()
 
     def say(self, text: str) -> None:
+        """Print a line that stays."""
         self._console.print(text, soft_wrap=True)
 
     def warn(self, warnings: list[str]) -> None:
@@ -64,6 +68,7 @@ class Display:
             self.say(f"warning: {warnings.pop(0)}")
 
     def show(self, metrics: Mapping[str, float], seconds_left: float) -> None:
+        """Show where an iteration's record has brought the run."""
         figures = f"reward {metrics['reward']:.3f}"
         if "accuracy" in metrics:
             figures += f"  accuracy {metrics['accuracy']:.0%}"
@@ -76,6 +81,7 @@ class Display:
             )
 
     def table(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Print names and values."""
         table = Table(title=title, show_header=False)
         table.add_column()
         table.add_column(overflow="fold")  # a path cut short would be of no use
@@ -86,6 +92,8 @@ class Display:
 
 @dataclass
 class Stop:
+    """Whether the run was asked to end."""
+
     requested: bool = False
 
 

@@ -1,4 +1,7 @@
-"""Which device to work on."""
+"""Which device to work on.
+
+Left out: several processes, each with a device of its own (`training/engine.py`).
+"""
 
 from __future__ import annotations
 

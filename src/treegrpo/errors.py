@@ -1,4 +1,7 @@
-"""Errors that are the user's to correct; the command line prints them without a traceback."""
+"""Errors that are the user's to correct; the command line prints them without a traceback.
+
+Left out: mistakes of ours, which keep their tracebacks.
+"""
 
 
 class UserError(ValueError):

@@ -12,8 +12,7 @@ if TYPE_CHECKING:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Float images in [0, 1] of any shape to uint8, rounded to the nearest of 256 levels; NaN
-    becomes 0."""
+    """Float images in [0, 1] of any shape to uint8, the nearest of 256 levels; NaN becomes 0."""
     return (images.detach().float().nan_to_num() * 255).round().clamp(0, 255).byte()
 
 
@@ -31,7 +30,6 @@ def middle_frames(images: Tensor) -> Tensor:
 
 
 def evenly_spaced(available: int, count: int) -> list[int]:
-    """So many indices of `available` things (all, where there are fewer), each from the middle of
-    one of `count` equal parts."""
+    """Indices of `count` of so many things (or of all), from the middles of equal parts."""
     count = min(count, available)
     return [(2 * number + 1) * available // (2 * count) for number in range(count)]

@@ -3,6 +3,8 @@
 `losses` yields one `Loss` per micro-batch of nodes; call `backward()` on each value and step the
 optimizer after the last. Each is already divided by the number of all edges, so the gradient is the
 same whatever the micro-batch size.
+
+Left out: optimizing (`training/learner.py`) and which objective a method takes (`methods/`).
 """
 
 from __future__ import annotations
@@ -149,8 +151,9 @@ def losses(
 def node_means(
     predict: Predict, rollout: Rollout, device: torch.device, micro_batch: int | None = None
 ) -> tuple[Tensor, ...]:
-    """A policy's Gaussian means at every node: per stochastic level [prompts, n, ...], kept where
-    the states are.
+    """A policy's Gaussian means at every node: per stochastic level [prompts, n, ...].
+
+    They are kept where the states are.
 
     Args:
         predict: the policy, such as a reference that is then no longer needed.

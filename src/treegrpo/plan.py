@@ -3,6 +3,8 @@
 A group of samples for one prompt is a forest, and a forest is described by a `RolloutPlan`. Every
 method of the family is a plan: `tree_grpo`, `flow_grpo` (also DDPO), `dance_grpo`, `mix_grpo` and
 `branch_grpo` below return one. Nothing here touches a tensor.
+
+Left out: sampling along a plan (`rollout.py`) and settings (`methods/`).
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ class RolloutPlan:
 
     @property
     def steps(self) -> int:
+        """Denoising steps, T."""
         return len(self.branching)
 
     @property
@@ -77,6 +80,7 @@ class RolloutPlan:
 
     @property
     def stochastic_steps(self) -> tuple[int, ...]:
+        """The steps that are sampled, and trained."""
         return tuple(step for step, stochastic in enumerate(self.stochastic) if stochastic)
 
     @property

@@ -1,4 +1,7 @@
-"""Prompts: where they come from, which are held out, and the order in which training draws them."""
+"""Prompts: where they come from, which are held out, and the order in which training draws them.
+
+Left out: embeddings of prompts (`models/text.py`).
+"""
 
 import copy
 import csv

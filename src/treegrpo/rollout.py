@@ -4,6 +4,8 @@ The whole frontier of all prompts is one batch, computed in parts of `max_batch`
 a step needs beside the states does not grow with their number. Kept are, per stochastic step, the
 nodes, their sampled children and the log-probabilities, and the leaves; deterministic steps leave
 nothing behind.
+
+Left out: the model (`models/`) and decoding what was sampled.
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ class Level:
 
     @property
     def branching(self) -> int:
+        """Children of each node, k."""
         return self.children.shape[1] // self.nodes.shape[1]
 
 

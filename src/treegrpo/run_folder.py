@@ -174,6 +174,7 @@ def _flatten(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[s
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Add a record to a file of JSON lines."""
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
 
@@ -193,6 +194,7 @@ def drop_lines_from(path: Path, iteration: int) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that it is there whole or not at all."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

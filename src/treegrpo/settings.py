@@ -24,8 +24,10 @@ Name = Annotated[str, Field(min_length=1)]
 
 
 class _FreeOnResume:
-    """Marks a field that may differ between a run and its continuation: it decides where, when and
-    with how much memory the run works, not what it computes."""
+    """Marks a field that may differ between a run and its continuation.
+
+    It decides where, when and with how much memory the run works, not what it computes.
+    """
 
 
 FREE_ON_RESUME = _FreeOnResume()

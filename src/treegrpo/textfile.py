@@ -1,4 +1,7 @@
-"""Reading the user's text files, with errors that say which file is wrong and where."""
+"""Reading the user's text files, with errors that say which file is wrong and where.
+
+Left out: what the text means.
+"""
 
 from pathlib import Path
 

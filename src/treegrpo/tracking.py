@@ -58,7 +58,7 @@ class Tracker:
         self._trackers = [_start(name, config) for name in config.tracking] if enabled else []
 
     def metrics(self, record: Mapping[str, float]) -> None:
-        """Of an iteration, which the record names."""
+        """Keep the record of an iteration, which it names."""
         if self._enabled:
             append_line(self._folder / METRICS_FILE, dict(record))
             values = {f"train/{name}": value for name, value in record.items()}
@@ -66,8 +66,7 @@ class Tracker:
                 tracker.log(values, step=int(record["iteration"]))
 
     def evaluation(self, iteration: int, evaluation: Evaluation) -> None:
-        """Of held-out prompts, after so many iterations; their pictures go to trackers that take
-        some."""
+        """Keep what was measured after so many iterations, pictures where a tracker takes them."""
         if not self._enabled:
             return
         means = {name: evaluation.mean(name) for name in evaluation.scores}

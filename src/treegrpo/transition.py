@@ -7,6 +7,8 @@ of the pair (clean, noise) once; after that every transition of the family is th
 
 and the transitions differ in three numbers per step. Arithmetic is float32 whatever the model's
 dtype.
+
+Left out: solvers of higher order, and the schedules of checkpoints (`models/`).
 """
 
 from __future__ import annotations
@@ -63,6 +65,7 @@ class Schedule:
 
     @property
     def steps(self) -> int:
+        """Denoising steps, T."""
         return len(self.sigma) - 1
 
     @property
@@ -97,6 +100,7 @@ class Transition:
     std: float
 
     def mean(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """The mean of x', from the model's estimates at x."""
         return self.clean_weight * clean + self.noise_weight * noise
 
 

@@ -1,4 +1,7 @@
-"""Which versions of the libraries are at work, for records and for keys."""
+"""Which versions of the libraries are at work, for records and for keys.
+
+Left out: a record of the machine.
+"""
 
 import platform
 from collections.abc import Iterable

@@ -1,4 +1,6 @@
-"""The commands, one file each: they refuse what cannot run, then import what is heavy and work.
+"""The commands, a function in a file each: its signature is the options, its docstring the help.
 
-Left out: options, help and exit codes (`cli.py`).
+It refuses what cannot run, then imports what is heavy and works.
+
+Left out: the app and its exit codes (`cli.py`).
 """

@@ -1,6 +1,6 @@
-"""What several commands are given: read, and refused with a sentence that names the argument.
+"""What several commands are given: the options, and refusals that name the argument.
 
-Left out: what only one command takes (in its own file), the configuration's keys (`config.py`).
+Left out: what only one command takes (in its own file), the configuration's keys (`config/`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+
+import typer
 
 from treegrpo.config import Config, load_config
 from treegrpo.errors import UserError
@@ -18,15 +20,41 @@ from treegrpo.rewards import check_reward
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _OVERRIDE = re.compile(r"[\w.-]+=", re.ASCII)
 
+ConfigArguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="CONFIG.yaml | key.path=value",
+        help="A configuration file and changes to it; without any, the miniature job.",
+        show_default=False,
+    ),
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help='A diffusers folder, a hub name or "miniature".', show_default=False
+    ),
+]
+Column = Annotated[str, typer.Option(help="The column with the prompt.")]
+MaxPrompts = Annotated[int | None, typer.Option(min=1, help="Use only the first so many prompts.")]
+Steps = Annotated[
+    int | None, typer.Option(min=1, help="Denoising steps; the model's own if not given.")
+]
+GuidanceScale = Annotated[
+    float | None,
+    typer.Option(min=0, help="Classifier-free guidance; the model's own if not given."),
+]
+DType = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the models compute in.")]
 
-def read_config(arguments: list[str]) -> Config:
+
+def read_config(arguments: list[str] | None) -> Config:
     """The configuration of a file and changes to it, in any order.
 
     Raises:
         UserError: there are two files, or as `load_config`.
     """
-    overrides = [argument for argument in arguments if _OVERRIDE.match(argument)]
-    paths = [argument for argument in arguments if not _OVERRIDE.match(argument)]
+    given = arguments or []
+    overrides = [argument for argument in given if _OVERRIDE.match(argument)]
+    paths = [argument for argument in given if not _OVERRIDE.match(argument)]
     if len(paths) > 1:
         raise UserError(
             f"got {len(paths)} configuration files ({', '.join(paths)}); must be at most one "
@@ -39,9 +67,8 @@ def check_model(model: str, field: str, *, weights: bool = True) -> None:
     """Refuse a model that is neither "miniature", a usable folder nor a hub's name.
 
     Args:
-        model: as the user wrote it.
         field: what it was given as, for the message.
-        weights: whether the folder must hold its weights.
+        weights: whether a folder must hold them.
 
     Raises:
         UserError: names the field and the model.
@@ -54,8 +81,7 @@ def check_model(model: str, field: str, *, weights: bool = True) -> None:
         return
     if path.exists():
         raise UserError(f"{field}: {model} is a file; must be a diffusers folder")
-    looks_like_path = model[0] in "./~" or not _HUB_NAME.fullmatch(model)
-    if looks_like_path:
+    if model[0] in "./~" or not _HUB_NAME.fullmatch(model):
         raise UserError(
             f'{field}: no folder {model}; must be "miniature", a diffusers folder, or a hub name '
             "such as owner/name"
@@ -74,12 +100,14 @@ def check_reward_of(field: str, name: str, options: dict[str, Any] | None = None
         raise UserError(f"{field}: {error}") from error
 
 
-def check_output(path: Path, option: str) -> None:
-    """Refuse a file that cannot be written.
+def check_output(path: Path | None, option: str) -> None:
+    """Refuse a file, if one is given, that cannot be written.
 
     Raises:
         UserError: names the option and the file.
     """
+    if path is None:
+        return
     if not path.parent.is_dir():
         raise UserError(f"{option}: no folder {path.parent} to write {path.name} in")
     if path.is_dir():

@@ -11,15 +11,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 import yaml
 
-from treegrpo.commands.arguments import check_model, check_output, check_reward_of
+from treegrpo.commands import arguments
 from treegrpo.config import ModelConfig, parse_yaml
 from treegrpo.errors import UserError
 from treegrpo.models.folder import INDEX_FILE, LORA_FILE, SAMPLING_FILE, read_json
-from treegrpo.prompts import Prompt, load_prompts
+from treegrpo.prompts import load_prompts
 from treegrpo.rewards import Reward, RewardError, closing, load_reward
 from treegrpo.run_folder import CONFIG_FILE, FAILED_REWARD_FOLDER, MODEL_FOLDER, write_atomically
 from treegrpo.textfile import read_utf8
@@ -28,69 +29,89 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from treegrpo.evaluation.results import Comparison
+    from treegrpo.evaluation.sampling import Draws
     from treegrpo.models.policy import Policy
     from treegrpo.report.comparison import Pictures
 
 _SECONDS_PER_WRITE = 5.0  # of the JSON, whose scores grow with every batch
 
 
-def evaluate_command(
-    model: str,
-    *,
-    base: str | None,
-    prompts: str,
-    column: str,
-    rewards: str | None,
-    reward: Sequence[str],
-    reward_options: Path | None,
-    seeds: int,
-    images_per_prompt: int,
-    max_prompts: int | None,
-    steps: int | None,
-    guidance_scale: float | None,
-    max_batch: int,
-    dtype: Literal["float32", "bfloat16"],
-    json_file: Path | None,
-    page: Path | None,
+def evaluate(
+    model: arguments.Model,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help='What to compare with; "none": nothing.',
+            show_default="what an exported model was trained from, else none",
+        ),
+    ] = None,
+    prompts: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="A .txt file with one prompt per line, a .jsonl, .json, .csv, .tsv or .parquet "
+            'file, or a dataset; "miniature": its held-out prompts.',
+        ),
+    ] = "miniature",
+    column: arguments.Column = "prompt",
+    rewards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME,...",
+            help="The rewards, separated by commas.",
+            show_default="composition,composition_accuracy for the miniature's prompts",
+        ),
+    ] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="One more reward; may be given several times.")
+    ] = None,
+    reward_options: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.yaml",
+            help="Options of rewards, by name, such as {hpsv2: {path: /models/hps}}.",
+        ),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds of the noises: 0, 1, ...")] = 1,
+    images_per_prompt: Annotated[int, typer.Option(min=1, help="Images per prompt and seed.")] = 2,
+    max_prompts: arguments.MaxPrompts = None,
+    steps: arguments.Steps = None,
+    guidance_scale: arguments.GuidanceScale = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most images sampled at once.")] = 16,
+    dtype: arguments.DType = "float32",
+    json_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--json", metavar="FILE", help="Also write figures and every prompt's scores here."
+        ),
+    ] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER|FILE.html", help="Also write a web page with the images side by side."
+        ),
+    ] = None,
 ) -> None:
-    """Score a model and its base on the same noises, and report.
+    """Measure a model by rewards, beside the model that it was trained from.
 
-    Args:
-        model: a diffusers folder, a folder of LoRA weights, a hub name or "miniature".
-        base: what the model is compared with; "none": nothing; None: what it was trained from.
-        prompts: where they come from, as in training.
-        column: with their texts.
-        rewards: names, separated by commas.
-        reward: more names.
-        reward_options: a YAML file with options by name.
-        seeds: of the noises: 0 up to this.
-        images_per_prompt: of each seed.
-        max_prompts: use only so many.
-        steps: denoising steps; None: the model's own.
-        guidance_scale: classifier-free guidance; None: the model's own.
-        max_batch: most images sampled at once.
-        dtype: torch's name of what the networks compute in.
-        json_file: written anew every few seconds and at the end, however it comes.
-        page: the HTML file, or the folder of its `index.html`.
-
-    Raises:
-        UserError: something cannot be used; nothing was sampled.
-        RewardError: a reward failed. The others were finished and reported.
+    Both draw every prompt from the same noises.
     """
     given = load_prompts(prompts, "held_out", column)[:max_prompts]
-    options = _read_rewards(rewards, reward, reward_options, prompts)
-    check_model(model, "MODEL")
+    options = _read_rewards(rewards, reward or [], reward_options, prompts)
+    arguments.check_model(model, "MODEL")
     if base is None:
         base = _known_base(model)
     elif base == "none":
         base = None
     else:
-        check_model(base, "--base")
+        arguments.check_model(base, "--base")
     page = _check_outputs(json_file, page)
 
     from treegrpo.console import plain_console
     from treegrpo.evaluation.pair import describe_sampling, open_pair
     from treegrpo.evaluation.results import Comparison
+    from treegrpo.evaluation.sampling import Draws, decode_batch_of
     from treegrpo.report import comparison as report
     from treegrpo.rewards import check_prompts
     from treegrpo.versions import versions
@@ -99,28 +120,23 @@ def evaluate_command(
     policies = open_pair(section, base, steps=steps)
     loaded = {name: load_reward(name, of) for name, of in options.items()}
     check_prompts(loaded, given)
-    noises = {"seeds": seeds, "images_per_prompt": images_per_prompt, "max_batch": max_batch}
-    comparison = Comparison.empty(
-        model,
-        base,
-        [prompt.text for prompt in given],
-        list(options),
-        seeds * images_per_prompt,
-        {
-            "source": prompts,
-            **noises,
-            **describe_sampling(policies[-1]),
-            "dtype": dtype,
-            "reward_options": {name: of for name, of in options.items() if of},
-            "versions": versions(),
-        },
-    )
+    settings = {
+        "source": prompts,
+        "seeds": seeds,
+        "images_per_prompt": images_per_prompt,
+        "max_batch": max_batch,
+        **describe_sampling(policies[-1]),
+        "dtype": dtype,
+        "reward_options": {name: of for name, of in options.items() if of},
+        "versions": versions(),
+    }
+    comparison = Comparison(model, base, given, list(options), seeds * images_per_prompt, settings)
+    decode_batch = decode_batch_of(policies[-1])
+    draws = Draws(images_per_prompt, policies[-1].sampling.steps, 0, max_batch, decode_batch)
     shown = [] if page is None else report.pictured(len(given))
     pictures: Pictures = {index: {role: [] for role in comparison.roles} for index in shown}
     console = plain_console()
-    _fill(
-        comparison, pictures, policies, section, given, loaded, console, json_file, page, **noises
-    )
+    _fill(comparison, pictures, policies, section, loaded, draws, console, json_file, page)
     console.print(report.table(comparison))
     if json_file is not None:
         console.print(f"wrote {json_file}")
@@ -164,7 +180,7 @@ def _read_rewards(
     for name, field in fields:
         if names.count(name) > 1:
             raise UserError(f"{field}: {name!r} is given {names.count(name)} times")
-        check_reward_of(field, name, options.get(name))
+        arguments.check_reward_of(field, name, options.get(name))
     return {name: options.get(name, {}) for name in names}
 
 
@@ -185,24 +201,23 @@ def _known_base(model: str) -> str | None:
         return None
     if not isinstance(base, str):
         return None
-    check_model(base, place)
+    arguments.check_model(base, place)
     return base
 
 
 def _check_outputs(json_file: Path | None, page: Path | None) -> Path | None:
     """Refuse files that cannot be written; the page's own, where a folder is given."""
-    if json_file is not None:
-        check_output(json_file, "--json")
+    arguments.check_output(json_file, "--json")
     if page is None:
         return None
     if page.suffix.lower() in (".html", ".htm"):
         file = page
-        check_output(file, "--page")
+        arguments.check_output(file, "--page")
     else:
         if page.exists() and not page.is_dir():
             raise UserError(f"--page: {page} is a file; must be a folder, or a file named .html")
         file = page / "index.html"
-        check_output(file if page.is_dir() else page, "--page")
+        arguments.check_output(file if page.is_dir() else page, "--page")
     if json_file is not None and json_file.resolve() == file.resolve():
         raise UserError(f"--json and --page: both got {json_file}; must be two files")
     return file
@@ -216,15 +231,11 @@ def _fill(
     pictures: Pictures,
     policies: list[Policy],
     section: ModelConfig,
-    prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward],
+    draws: Draws,
     console: Console,
     json_file: Path | None,
     page: Path | None,
-    *,
-    seeds: int,
-    images_per_prompt: int,
-    max_batch: int,
 ) -> None:
     """Sample and score one model after the other; `policies` is empty then.
 
@@ -250,18 +261,10 @@ def _fill(
             _writing(json_file, comparison) as write_now_and_then,
             Progress(*columns, console=console, disable=not console.is_terminal) as progress,
         ):
-            task = progress.add_task(role, total=len(prompts) * seeds * images_per_prompt)
+            task = progress.add_task(role, total=len(comparison.prompts) * comparison.noises)
+            # Popped, so that nothing keeps the first model in memory.
             for indices, noises, images in score_into(
-                comparison,
-                role,
-                policies.pop(0),  # popped, so that nothing keeps the first model in memory
-                section,
-                prompts,
-                rewards,
-                seeds=seeds,
-                images_per_prompt=images_per_prompt,
-                max_batch=max_batch,
-                keep_folder=keep_folder,
+                comparison, role, policies.pop(0), section, rewards, draws, keep_folder
             ):
                 write_now_and_then()
                 if comparison.failures.keys() == rewards.keys():

@@ -12,26 +12,26 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from treegrpo.commands.arguments import check_model, check_output, read_config
-from treegrpo.config import Config
+from treegrpo.commands.arguments import ConfigArguments, check_model, check_output, read_config
+from treegrpo.config import Config, method_of
 from treegrpo.console import plain_console
 from treegrpo.errors import UserError
-from treegrpo.methods import method_of
 from treegrpo.models.folder import check_trainable
 
 if TYPE_CHECKING:
     from treegrpo.memory import Advice, Estimate
 
-_UNITS = {"": 1, "B": 1} | {
+_UNITS = {"": 1, "b": 1} | {
     f"{prefix}{ending}": base**power
-    for ending, base in (("B", 1000), ("iB", 1024))
-    for power, prefix in enumerate("KMGT", start=1)
+    for ending, base in (("b", 1000), ("ib", 1024))
+    for power, prefix in enumerate("kmgt", start=1)
 }
 
 
@@ -42,8 +42,7 @@ def parse_memory(text: str) -> int:
         UserError: it is none.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) *([A-Za-z]*)", text.strip())
-    units = {unit.lower(): size for unit, size in _UNITS.items()}
-    size = units.get(match[2].lower()) if match else None
+    size = _UNITS.get(match[2].lower()) if match else None
     result = int(float(match[1]) * size) if match and size else 0
     is_forgotten = match is not None and not match[2] and result < 10**6  # "24" is no 24 bytes
     if not result or is_forgotten:
@@ -78,12 +77,10 @@ class Work:
     A forward is one row through the network; classifier-free guidance makes two rows of it.
 
     Attributes:
-        plans: those that the run follows.
-        rollout, update, reference: forwards per prompt, on average; an update's over all its
-            passes, the reference's where there is a KL term.
+        rollout, update, reference: forwards per prompt, on average over the plans; an update's over
+            all its passes, the reference's where there is a KL term.
         rows_per_forward: 2 under classifier-free guidance, else 1.
         prompts, leaves: per iteration, and per prompt.
-        processes: which share the prompts.
         updates: optimizer steps.
     """
 
@@ -104,14 +101,7 @@ class Work:
 
 
 def count_work(config: Config, *, guided: bool, processes: int = 1) -> Work:
-    """The forwards of an iteration, on average.
-
-    Under the random window the average is over its distribution, else over the run's iterations.
-
-    Args:
-        config: of the run.
-        guided: whether classifier-free guidance makes two rows of each forward.
-        processes: which share the prompts.
+    """Forwards on average over the random window's distribution, else over the run's iterations.
 
     Raises:
         PlanError: the window or the leaves do not fit.
@@ -137,26 +127,27 @@ def count_work(config: Config, *, guided: bool, processes: int = 1) -> Work:
     )
 
 
-def plan_command(
-    arguments: list[str], *, memory: str | None, processes: int, json_file: Path | None
+def plan(
+    arguments: ConfigArguments = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory of a device, such as 24GiB: suggest settings that fit."
+        ),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes (GPUs) that share the prompts.")
+    ] = 1,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the figures here.")
+    ] = None,
 ) -> None:
-    """Print the work and the memory of an iteration, and settings that fit into a device.
-
-    Args:
-        arguments: a configuration file and changes to it.
-        memory: of a device, as `parse_memory` reads it; None: nothing must fit.
-        processes: which share the prompts.
-        json_file: also written.
-
-    Raises:
-        UserError: the model or a setting cannot be used, or the processes cannot share the prompts.
-    """
+    """Say what an iteration takes of forwards and of memory, without reading any weight."""
     config = read_config(arguments)
     limit = None if memory is None else parse_memory(memory)
     check_model(config.model.path, "model.path", weights=False)
     check_trainable(config.model.path)
-    if json_file is not None:
-        check_output(json_file, "--json")
+    check_output(json_file, "--json")
     config.check_shares(processes)
     method_of(config).checked_plans(config.train.iterations)
 
@@ -177,7 +168,13 @@ def plan_command(
             advice = suggest(config, limit, processes=processes, measurements=measurements)
         _print_advice(console, needed, limit, advice)
     if json_file is not None:
-        summary = _summary(work, needed, limit, advice)
+        summary = {
+            "work": {**asdict(work), "images": work.images},
+            "memory": {**asdict(needed), "peak": needed.peak},
+            "limit": limit,
+            "fits": None if limit is None else needed.peak <= limit,
+            "advice": None if advice is None else asdict(advice),
+        }
         json_file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
@@ -231,38 +228,32 @@ def _memory_table(needed: Estimate) -> Table:
         row(part, [phase.device.get(part, 0) for phase in needed.phases])
     table.add_section()
     row(f"sum ({unit})", [phase.peak for phase in needed.phases], style="bold")
-    host = [sum(phase.host.values()) for phase in needed.phases]
-    if any(host):
-        row("in the CPU's memory", host)
+    row("in the CPU's memory", [sum(phase.host.values()) for phase in needed.phases])
     return table
 
 
 def _sizes(work: Work, needed: Estimate) -> str:
     share = needed.trained / needed.parameters
-    lines = [
+    return (
         f"network {needed.parameters:,} parameters, trained {needed.trained:,} ({share:.2%}); "
-        f"decoder {needed.decoder:,}; text encoders {needed.encoders:,}",
+        f"decoder {needed.decoder:,}; text encoders {needed.encoders:,}\n"
         f"{work.images:,} images an iteration ({work.prompts:,} prompts x {work.leaves:,}), "
-        f"{work.updates:,} optimizer step" + ("s" if work.updates > 1 else ""),
-        f"peak {_shown(needed.peak)} in {needed.fullest.name}",
-    ]
-    return "\n".join(lines)
+        f"{work.updates:,} optimizer step{'s' * (work.updates > 1)}\n"
+        f"peak {_shown(needed.peak)} in {needed.fullest.name}"
+    )
 
 
 def _print_advice(console: Console, needed: Estimate, memory: int, advice: Advice | None) -> None:
+    size = _shown(memory)
     if advice is None:
-        console.print(
-            f"fits into {_shown(memory)}: {_shown(memory - needed.peak)} left", soft_wrap=True
-        )
+        console.print(f"fits into {size}: {_shown(memory - needed.peak)} left", soft_wrap=True)
         return
     if advice.fits:
-        console.print(f"does not fit into {_shown(memory)}; it does with")
+        message = "; it does with"
     else:
-        console.print(
-            f"does not fit into {_shown(memory)}, and no settings of the same model and size make "
-            "it fit" + ("; the least is taken with" if advice.changes else ""),
-            soft_wrap=True,
-        )
+        message = ", and no settings of the same model and size make it fit"
+        message += "; the least is taken with" if advice.changes else ""
+    console.print(f"does not fit into {size}{message}", soft_wrap=True)
     table = Table("setting", show_header=True)
     table.add_column("peak", justify="right")
     for change in advice.changes:
@@ -270,18 +261,6 @@ def _print_advice(console: Console, needed: Estimate, memory: int, advice: Advic
         table.add_row(f"{change.key}={value}", _shown(change.peak))
     if advice.changes:
         console.print(table)
-
-
-def _summary(
-    work: Work, needed: Estimate, memory: int | None, advice: Advice | None
-) -> dict[str, Any]:
-    return {
-        "work": {**asdict(work), "images": work.images},
-        "memory": {**asdict(needed), "peak": needed.peak},
-        "limit": memory,
-        "fits": None if memory is None else needed.peak <= memory,
-        "advice": None if advice is None else asdict(advice),
-    }
 
 
 def _unit(size: int) -> tuple[str, int]:

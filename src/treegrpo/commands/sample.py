@@ -5,61 +5,51 @@ Left out: sampling (`evaluation/sampling.py`) and drawing (`report/pictures.py`)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated
 
-from treegrpo.commands.arguments import check_model, check_output
+import typer
+
+from treegrpo.commands import arguments
 from treegrpo.config import ModelConfig
 from treegrpo.errors import UserError
 from treegrpo.prompts import load_prompts
 
 
-def sample_command(
-    model: str,
-    *,
-    prompt: Sequence[str],
-    prompts: str | None,
-    column: str,
-    max_prompts: int | None,
-    count: int,
-    seed: int,
-    steps: int | None,
-    guidance_scale: float | None,
-    dtype: Literal["float32", "bfloat16"],
-    out: Path,
+def sample(
+    model: arguments.Model,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A prompt; may be given several times.")
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help='Prompts from a file or dataset, as in training; or "miniature".'
+        ),
+    ] = None,
+    column: arguments.Column = "prompt",
+    max_prompts: arguments.MaxPrompts = None,
+    count: Annotated[int, typer.Option(min=1, help="Images per prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the noises.")] = 0,
+    steps: arguments.Steps = None,
+    guidance_scale: arguments.GuidanceScale = None,
+    dtype: arguments.DType = "float32",
+    out: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.")] = Path(
+        "grid.png"
+    ),
 ) -> None:
-    """Write a PNG of `count` samples per prompt.
-
-    Args:
-        model: a diffusers folder, a folder of LoRA weights, a hub name or "miniature".
-        prompt: texts; none where `prompts` is given.
-        prompts: where texts come from, as in training.
-        column: with the texts there.
-        max_prompts: use only so many of them.
-        count: images per prompt.
-        seed: of the noises.
-        steps: denoising steps; None: the model's own.
-        guidance_scale: classifier-free guidance; None: the model's own.
-        dtype: torch's name of what the network computes in.
-        out: the picture.
-
-    Raises:
-        UserError: something cannot be used; nothing was sampled.
-    """
+    """Draw a grid of samples, one row per prompt."""
     if bool(prompt) == bool(prompts):
         raise UserError("prompts: must be given by --prompt or by --prompts, not both")
     loaded = load_prompts(prompts, "held_out", column) if prompts else []
-    texts = ([one.text for one in loaded] or list(prompt))[:max_prompts]
-    check_model(model, "MODEL")
-    check_output(out, "--out")
+    texts = ([one.text for one in loaded] or list(prompt or []))[:max_prompts]
+    arguments.check_model(model, "MODEL")
+    arguments.check_output(out, "--out")
     if out.suffix.lower() != ".png":
         raise UserError(f"--out: got {out}; the picture is a PNG, so its name must end in .png")
 
-    import torch
-
     from treegrpo.device import default_device
-    from treegrpo.evaluation.sampling import decode_batch_of, sample
+    from treegrpo.evaluation import sampling
     from treegrpo.images import middle_frames
     from treegrpo.models.opening import load_weights, open_policy
     from treegrpo.report.pictures import image_grid
@@ -68,14 +58,8 @@ def sample_command(
     policy = open_policy(section, device=default_device(), steps=steps)
     policy.prepare(texts)
     load_weights(policy, section, train=False)
-    images = sample(
-        policy,
-        texts,
-        images_per_prompt=count,
-        steps=policy.sampling.steps,
-        generator=torch.Generator(policy.device).manual_seed(seed),
-        max_batch=16,
-        decode_batch=decode_batch_of(policy),
+    draws = sampling.Draws(
+        count, policy.sampling.steps, seed, decode_batch=sampling.decode_batch_of(policy)
     )
-    image_grid(out, texts, middle_frames(images).cpu())
+    image_grid(out, texts, middle_frames(sampling.sample(policy, texts, draws)).cpu())
     print(f"wrote {out}")

@@ -5,40 +5,50 @@ Left out: the server (`rewards/server.py`) and its client (`rewards/remote.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from treegrpo.commands.arguments import check_reward_of
 from treegrpo.config import parse_yaml
 from treegrpo.errors import UserError
 
 
-def serve_reward_command(
-    name: str,
-    *,
-    option: Sequence[str],
-    host: str,
-    port: int,
-    token_env: str | None,
-    max_batch: int,
-    device: str,
+def serve_reward(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A reward: built in, or module:function or module:Class of your own.",
+            show_default=False,
+        ),
+    ],
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="An option of the reward; may be given several times."
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help='The address to listen on; "0.0.0.0" lets other machines in.')
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="The port; 0 takes a free one.")
+    ] = 8000,
+    token_env: Annotated[
+        str | None,
+        typer.Option(
+            metavar="VARIABLE", help="Environment variable with a token that clients must send."
+        ),
+    ] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most images of one request.")] = 256,
+    device: Annotated[
+        str, typer.Option(help='Where images go; "auto" is an accelerator if there is one.')
+    ] = "auto",
 ) -> None:
-    """Serve a reward until it is stopped.
-
-    Args:
-        name: as in a configuration.
-        option: the reward's options, each as KEY=VALUE with a value in YAML.
-        host: as `serve` takes it.
-        port: as `serve` takes it.
-        token_env: as `serve` takes it.
-        max_batch: as `serve` takes it.
-        device: as `serve` takes it.
-
-    Raises:
-        UserError: the reward, an option, the token, the device or the address cannot be used.
-    """
+    """Serve a reward to runs on other machines."""
     options: dict[str, Any] = {}
-    for text in option:
+    for text in option or []:
         key, separator, value = text.partition("=")
         if not separator:
             raise UserError(f"--option: got {text!r}; must be KEY=VALUE")

@@ -6,34 +6,40 @@ Left out: the training itself (`training/loop.py`).
 from __future__ import annotations
 
 import os
+from typing import Annotated
 
-from treegrpo.commands.arguments import check_model, check_reward_of, read_config
-from treegrpo.config import Config, to_yaml
-from treegrpo.methods import method_of
+import typer
+
+from treegrpo.commands.arguments import ConfigArguments, check_model, check_reward_of, read_config
+from treegrpo.config import Config, method_of, to_yaml
 from treegrpo.models.folder import check_trainable
 from treegrpo.prompts import load_train_and_held_out
 from treegrpo.run_folder import check_run_folder
 from treegrpo.tracking import check_trackers
 
 
-def train_command(
-    arguments: list[str], *, print_config: bool, resume: bool, overwrite: bool
+def train(
+    arguments: ConfigArguments = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole configuration and stop.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in the output folder.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in the output folder.")
+    ] = False,
 ) -> None:
-    """Train as configured, or print the whole configuration.
-
-    Raises:
-        UserError: something cannot be used; nothing was done.
-        RewardError: a reward failed.
-    """
+    """Train a model."""
     config = read_config(arguments)
     if print_config:
         print(to_yaml(config), end="")
         return
     _check(config, resume=resume, overwrite=overwrite)
 
-    from treegrpo.training.loop import train
+    from treegrpo.training import loop
 
-    train(config, resume=resume, overwrite=overwrite)
+    loop.train(config, resume=resume, overwrite=overwrite)
 
 
 def _check(config: Config, *, resume: bool, overwrite: bool) -> None:

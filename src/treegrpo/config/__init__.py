@@ -11,6 +11,7 @@ from treegrpo.config.schema import (
     PromptsConfig,
     RewardConfig,
     TrainConfig,
+    method_of,
 )
 from treegrpo.config.wording import ConfigError, describe_fields
 
@@ -25,6 +26,7 @@ __all__ = [
     "changed",
     "describe_fields",
     "load_config",
+    "method_of",
     "parse_yaml",
     "to_yaml",
 ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo, create_model, field_validator
 
 from treegrpo.errors import UserError
+from treegrpo.methods.method import Method
 from treegrpo.methods.registry import DEFAULT, find_method
 from treegrpo.methods.settings import (
     AdvantageSettings,
@@ -304,3 +305,9 @@ def config_class(method: str) -> type[Config]:
         "objective": (found.objective_settings, Field(default_factory=found.objective_settings)),
     }
     return create_model(f"Config of {method}", __base__=Config, **sections)
+
+
+def method_of(config: Config) -> Method:
+    """The method that a configuration asks for, with its settings."""
+    method = find_method(config.rollout.method)
+    return method(config.rollout, config.advantage, config.objective, seed=config.train.seed)

@@ -26,8 +26,10 @@ class ConfigError(UserError):
 
 
 def describe_fields() -> Iterator[tuple[str, str, str]]:
-    """(key, default as YAML, sentence with the choices) of every field of every built-in method, in
-    order; where only some methods have a field, its sentence ends with their names."""
+    """(key, default as YAML, sentence with the choices) of every field, in order.
+
+    Those of all built-in methods; where only some have a field, its sentence ends with their names.
+    """
     for key, (default, sentence) in _fields(Config).items():
         section = key.partition(".")[0]
         yield key, default, _with_methods(key, sentence)
@@ -110,10 +112,11 @@ def _line(details: ErrorDetails, config: type[Config]) -> str:
     if kind == "extra_forbidden":
         methods = methods_with(key_path)
         if methods:
+            listed = " and ".join(filter(None, [", ".join(methods[:-1]), methods[-1]]))
             mine = config.model_fields["rollout"].get_default(call_default_factory=True).method
             return (
                 f"{key_path}: {mine} has no such setting; "
-                f"{' and '.join(methods)} {'has' if len(methods) == 1 else 'have'}"
+                f"{listed} {'has' if len(methods) == 1 else 'have'}"
             )
         return f"{key_path}: unknown key; {_suggest(location, config)}"
     if kind == "missing":

@@ -5,8 +5,8 @@ Left out: progress, files and messages (`commands/evaluate.py`), figures (`resul
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,10 @@ from treegrpo.config import ModelConfig
 from treegrpo.device import default_device
 from treegrpo.evaluation.measure import sample_and_score
 from treegrpo.evaluation.results import Comparison
-from treegrpo.evaluation.sampling import decode_batch_of
+from treegrpo.evaluation.sampling import Draws
 from treegrpo.models.folder import ModelError
 from treegrpo.models.opening import load_weights, open_policy
 from treegrpo.models.policy import Policy
-from treegrpo.prompts import Prompt
 from treegrpo.rewards import Reward
 
 
@@ -29,8 +28,8 @@ def open_pair(model: ModelConfig, base: str | None, *, steps: int | None) -> lis
     """The base, if any, and the model, without weights, both sampled as the model is.
 
     Args:
-        model: of the trained model.
-        base: a diffusers folder, a hub name or "miniature"; None: the model stands alone.
+        model: the section of the trained model.
+        base: as `model.path`; None: the model stands alone.
         steps: denoising steps; None: the model's own.
 
     Raises:
@@ -68,52 +67,38 @@ def score_into(
     role: str,
     policy: Policy,
     model: ModelConfig,
-    prompts: Sequence[Prompt],
     rewards: Mapping[str, Reward],
-    *,
-    seeds: int,
-    images_per_prompt: int,
-    max_batch: int,
+    draws: Draws,
     keep_folder: Path | None,
 ) -> Iterator[tuple[range, range, Tensor]]:
-    """Read a policy's weights and fill its scores in.
+    """Read a policy's weights and fill its scores in; a reward that fails is not asked again.
 
     Args:
-        comparison: what is filled. A reward that fails is noted there and not asked again.
-        role: `BASE` or `TRAINED`.
         policy: without its weights.
         model: the settings that it was opened with.
-        prompts: those of the comparison.
-        rewards: those of the comparison, by name.
-        seeds: of the noises: 0 up to this.
-        images_per_prompt: of each seed.
-        max_batch: most images sampled at once.
+        draws: of one seed; the seeds 0, 1, ... follow until all noises are drawn.
         keep_folder: where a failing reward leaves its images.
 
     Yields:
         After every batch the indices of its prompts and of its noises, and its images [prompts,
         noises, ...].
     """
-    policy.prepare(comparison.prompts)
+    policy.prepare([prompt.text for prompt in comparison.prompts])
     load_weights(policy, model, train=False)
-    for seed in range(seeds):
-        noises = range(seed * images_per_prompt, (seed + 1) * images_per_prompt)
-        for part in sample_and_score(
+    for seed in range(comparison.noises // draws.images_per_prompt):
+        start, stop = seed * draws.images_per_prompt, (seed + 1) * draws.images_per_prompt
+        for indices, images, scored in sample_and_score(
             policy,
-            prompts,
+            comparison.prompts,
             rewards,
-            images_per_prompt=images_per_prompt,
-            steps=policy.sampling.steps,
-            seed=seed,
-            max_batch=max_batch,
-            decode_batch=decode_batch_of(policy),
+            replace(draws, seed=seed),
             keep_folder=keep_folder,
             failures=comparison.failures,
         ):
-            place = slice(part.indices.start, part.indices.stop), slice(noises.start, noises.stop)
-            for name, values in part.scores.items():
-                comparison.scores[name][role][place] = values.double()
-            yield part.indices, noises, part.images
+            for name, values in scored.items():
+                scores = comparison.scores[name][role]
+                scores[indices.start : indices.stop, start:stop] = values.double()
+            yield indices, range(start, stop), images
 
 
 def describe_sampling(policy: Policy) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from treegrpo.prompts import Prompt
+
 BASE, TRAINED = "base", "trained"
 
 # The r_max of normalized scores: TreeGRPO's (arXiv 2512.08153, figure 1), then those of shares.
@@ -27,10 +29,8 @@ BEST_SCORES = {
 
 
 def standard_error(scores: Tensor) -> float | None:
-    """Of the mean of scores [prompts, images]; None where one prompt says nothing about it.
-
-    It is taken over the prompts' means, since images of one prompt are not independent.
-    """
+    """Of the mean of scores [prompts, images]; None where one prompt says nothing about it."""
+    # Over the prompts' means, since images of one prompt are not independent.
     means = scores.mean(1)
     return (means.std() / len(means) ** 0.5).item() if len(means) > 1 else None
 
@@ -40,7 +40,7 @@ class Evaluation:
     """Scores of one model.
 
     Attributes:
-        prompts: P prompts.
+        prompts: P texts.
         scores: reward name to float32 [P, images per prompt].
         kept: indices of the prompts whose images were kept, in the list of all prompts.
         images: float32 [kept, images per prompt, 3, height, width]; a video's middle frame.
@@ -99,30 +99,17 @@ class Figures:
 
 
 def compare(trained: Tensor, base: Tensor | None, best: float | None = None) -> Figures:
-    """The figures of scores that were drawn from the same noises.
-
-    Args:
-        trained: float64 [prompts, noises].
-        base: of the same shape; None: the model stands alone.
-        best: the highest score there is, for the normalized score.
-    """
+    """The figures of scores [prompts, noises] of the same noises; `best` bounds all scores."""
     mean, error = _mean_and_error(trained)
     if base is None:
         return Figures(mean, error)
     base_mean, base_error = _mean_and_error(base)
-    wins = (trained > base).double() + 0.5 * (trained == base).double()
+    difference = _mean_and_error(trained - base)
+    wins = _mean_and_error((trained > base).double() + 0.5 * (trained == base).double())
     normalized = None
     if best is not None and base_mean < best:
         normalized = (mean - base_mean) / (best - base_mean)
-    return Figures(
-        mean,
-        error,
-        base_mean,
-        base_error,
-        *_mean_and_error(trained - base),
-        *_mean_and_error(wins),
-        normalized,
-    )
+    return Figures(mean, error, base_mean, base_error, *difference, *wins, normalized)
 
 
 def _mean_and_error(scores: Tensor) -> tuple[float, float | None]:
@@ -135,36 +122,29 @@ class Comparison:
 
     Attributes:
         model, base: as the user names them.
-        prompts: P texts.
+        rewards: their names.
+        noises: that every prompt is drawn from.
         settings: how the images are made, by name; for readers, nothing is computed from it.
-        scores: reward to model (`BASE`, `TRAINED`) to float64 [P, noises]; not yet scored is NaN.
         failures: reward to what went wrong.
+        scores: reward to model (`BASE`, `TRAINED`) to float64 [prompts, noises]; not yet scored is
+            NaN.
     """
 
     model: str
     base: str | None
-    prompts: tuple[str, ...]
+    prompts: Sequence[Prompt]
+    rewards: Sequence[str]
+    noises: int
     settings: Mapping[str, Any]
-    scores: dict[str, dict[str, Tensor]]
     failures: dict[str, str] = field(default_factory=dict)
+    scores: dict[str, dict[str, Tensor]] = field(init=False)
 
-    @classmethod
-    def empty(
-        cls,
-        model: str,
-        base: str | None,
-        prompts: Sequence[str],
-        rewards: Sequence[str],
-        noises: int,
-        settings: Mapping[str, Any],
-    ) -> Comparison:
-        """With nothing scored yet."""
-        shape, roles = (len(prompts), noises), [TRAINED] if base is None else [BASE, TRAINED]
-        scores = {
-            reward: {role: torch.full(shape, torch.nan, dtype=torch.float64) for role in roles}
-            for reward in rewards
+    def __post_init__(self) -> None:
+        shape = len(self.prompts), self.noises
+        self.scores = {
+            reward: {role: torch.full(shape, torch.nan, dtype=torch.float64) for role in self.roles}
+            for reward in self.rewards
         }
-        return cls(model, base, tuple(prompts), settings, scores)
 
     @property
     def roles(self) -> list[str]:

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from treegrpo.config import Config, changed
+from treegrpo.config import Config, changed, method_of
 from treegrpo.memory.estimate import Estimate, estimate
 from treegrpo.memory.skeleton import Measurements, planned_device
-from treegrpo.methods import method_of
 
 _LORA_RANK = 32  # what is suggested
 

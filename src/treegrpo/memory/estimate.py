@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from treegrpo.config import Config
+from treegrpo.config import Config, method_of
 from treegrpo.memory.skeleton import (
     FLOAT32,
     Decoding,
@@ -21,7 +21,7 @@ from treegrpo.memory.skeleton import (
     planned_device,
     total_bytes,
 )
-from treegrpo.methods import Method, method_of
+from treegrpo.methods import Method
 from treegrpo.plan import RolloutPlan
 
 

@@ -7,7 +7,7 @@ window that some share. Left out: the arithmetic, which is the algorithm's (`pla
 
 from treegrpo.methods.method import Credit, Method, PlanShare, Scores, Update
 from treegrpo.methods.policy_gradient import PolicyGradient
-from treegrpo.methods.registry import BUILT_IN, find_method, method_of
+from treegrpo.methods.registry import BUILT_IN, find_method
 
 __all__ = [
     "BUILT_IN",
@@ -18,5 +18,4 @@ __all__ = [
     "Scores",
     "Update",
     "find_method",
-    "method_of",
 ]

@@ -168,9 +168,9 @@ class Method(ABC):
             each.plan.check_leaves(self.rollout.max_leaves)
             if self.needs_edges and not each.plan.stochastic_steps:
                 raise PlanError(
-                    f"rollout.method: {self.rollout.method} learns from stochastic steps, and its "
-                    f"plan of {each.plan.steps} steps has none; raise rollout.steps or make its "
-                    "last step stochastic (deterministic_final_step=false)"
+                    f"rollout.method: {self.rollout.method} learns from stochastic steps, of which "
+                    f"its plan has none (rollout.steps is {each.plan.steps}); raise rollout.steps "
+                    "or make the last step stochastic (deterministic_final_step=false)"
                 )
         return shares
 
@@ -192,8 +192,10 @@ class Method(ABC):
     # --- what is learned ---
 
     def credit(self, scores: Scores, forest: Rollout) -> Credit:
-        """Leaf advantages backed up by the mean over children; in a plan of trajectories every edge
-        thus gets its trajectory's: plain GRPO."""
+        """Leaf advantages backed up by the mean over children.
+
+        In a plan of trajectories every edge thus gets its trajectory's: plain GRPO.
+        """
         from treegrpo.advantage import backup
 
         leaves = self.leaf_advantages(scores)
@@ -217,8 +219,10 @@ class Method(ABC):
     def reference(
         self, predict: Predict, forest: Rollout, device: torch.device, micro_batch: int
     ) -> tuple[Tensor, ...]:
-        """What the losses need of the initial model, computed once an iteration without gradient:
-        its means at every node, per stochastic level [prompts, n, ...]."""
+        """What the losses need of the initial model, computed once an iteration without gradient.
+
+        Here its means at every node, per stochastic level [prompts, n, ...].
+        """
         from treegrpo.objective import node_means
 
         return node_means(predict, forest, device, micro_batch)

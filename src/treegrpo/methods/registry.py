@@ -1,6 +1,8 @@
 """Methods by name: built in, or `module:Class` of the user's own.
 
 Imports a method only when it is asked for. docs/methods.md is the guide to adding one.
+
+Left out: the methods themselves (`trees.py`, `flat.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from treegrpo.errors import UserError
 from treegrpo.naming import import_attribute
 
 if TYPE_CHECKING:
-    from treegrpo.config import Config
     from treegrpo.methods.method import Method
 
 BUILT_IN = {
@@ -50,9 +51,3 @@ def find_method(name: str) -> type[Method]:
     if not (isinstance(found, type) and issubclass(found, Method)):
         raise UserError(f"{name!r} is no method; must be a subclass of treegrpo.methods.Method")
     return found
-
-
-def method_of(config: Config) -> Method:
-    """The method that a configuration asks for, with its settings."""
-    method = find_method(config.rollout.method)
-    return method(config.rollout, config.advantage, config.objective, seed=config.train.seed)

@@ -2,6 +2,8 @@
 
 A method's own stand beside it, in a subclass. Together they are the configuration's sections
 `rollout`, `advantage` and `objective`; a key that the chosen method does not have is refused.
+
+Left out: the window's (`window.py`) and those of one method (beside it).
 """
 
 from __future__ import annotations

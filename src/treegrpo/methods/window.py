@@ -89,8 +89,10 @@ class WindowMethod(PolicyGradient):
         return self.plan_at(self.window.at(iteration))
 
     def plans(self, iterations: int) -> tuple[PlanShare, ...]:
-        """A plan per start of the window: under the random schedule with the distribution's shares,
-        else with those of the run's iterations."""
+        """A plan per start of the window.
+
+        Shares are the distribution's under the random schedule, else those of the iterations.
+        """
         if self.window.kind == "random":
             shares = dict(enumerate(self.window.probabilities))
         else:

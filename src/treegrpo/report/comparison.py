@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -26,8 +27,7 @@ from treegrpo.report import style
 from treegrpo.run_folder import write_atomically
 
 PICTURED_PROMPTS = 64
-PICTURED_PAIRS = 2
-"""Of one prompt."""
+PICTURED_PAIRS = 2  # of one prompt
 _THUMBNAIL = 320
 """Pixels of a picture's longer side in the page, at most."""
 _PIXELATED = 128
@@ -40,9 +40,8 @@ _PIXELATED = 128
 def table(comparison: Comparison) -> Table:
     """For the terminal."""
     header, *rows = _rows(comparison)
-    result = Table(
-        *header, caption=_explanation(comparison), caption_justify="left", caption_style="dim"
-    )
+    text = _explanation(comparison)
+    result = Table(*header, caption=text, caption_justify="left", caption_style="dim")
     for column in result.columns[1:]:
         column.justify = "right"
     for row in rows:
@@ -73,8 +72,10 @@ def _with_error(value: float | None, error: float | None, sign: str = "-") -> st
 
 
 def _explanation(comparison: Comparison) -> str:
-    prompts, noises = next(iter(comparison.scores.values()))[TRAINED].shape
-    images = f"{prompts} prompts x {noises} images; ± standard error over prompts."
+    images = (
+        f"{len(comparison.prompts)} prompts x {comparison.noises} images; ± standard error over "
+        "prompts."
+    )
     if comparison.base is None:
         return images
     return (
@@ -89,13 +90,16 @@ def to_json(comparison: Comparison) -> str:
     A prompt's scores stand in the order of the seeds, those of one seed side by side.
     """
     found = comparison.figures()
-    values = {
-        reward: {
-            role: [[None if score != score else score for score in row] for row in scores.tolist()]
-            for role, scores in models.items()
+
+    def scored(index: int) -> dict[str, dict[str, list[float | None]]]:
+        return {
+            reward: {
+                role: [None if math.isnan(score) else score for score in scores[index].tolist()]
+                for role, scores in models.items()
+            }
+            for reward, models in comparison.scores.items()
         }
-        for reward, models in comparison.scores.items()
-    }
+
     summary = {
         "model": comparison.model,
         "base": comparison.base,
@@ -105,13 +109,7 @@ def to_json(comparison: Comparison) -> str:
         "failures": comparison.failures,
         "rewards": {reward: asdict(one) for reward, one in found.items()},
         "per_prompt": [
-            {
-                "prompt": prompt,
-                "scores": {
-                    reward: {role: rows[index] for role, rows in models.items()}
-                    for reward, models in values.items()
-                },
-            }
+            {"prompt": prompt.text, "scores": scored(index)}
             for index, prompt in enumerate(comparison.prompts)
         ],
     }
@@ -140,13 +138,7 @@ def thumbnail(image: Tensor) -> str:
 
 
 def write_page(path: Path, comparison: Comparison, pictures: Pictures) -> None:
-    """Write the HTML file.
-
-    Args:
-        path: the file.
-        comparison: the scores.
-        pictures: of `pictured` prompts, each with as many of every model.
-    """
+    """Write the HTML file, with pictures of `pictured` prompts, as many of every model."""
     title = f"{comparison.model} against {comparison.base}" if comparison.base else comparison.model
     rewards = list(comparison.figures())
     usual = {reward: _usual_difference(comparison.scores[reward]) for reward in rewards}
@@ -235,14 +227,7 @@ def _controls(comparison: Comparison, rewards: Sequence[str], shown: int) -> str
 def _card(
     comparison: Comparison, usual: Mapping[str, float], index: int, images: Mapping[str, list[str]]
 ) -> str:
-    """A prompt's images and scores.
-
-    Args:
-        comparison: the scores.
-        usual: reward to the size of a pair's difference beyond which it is worth a color.
-        index: of the prompt.
-        images: by model.
-    """
+    """A prompt's images, by model, and scores; differences beyond the `usual` ones have a color."""
     scores = {
         reward: {role: values[index].tolist() for role, values in comparison.scores[reward].items()}
         for reward in usual
@@ -253,7 +238,7 @@ def _card(
 
     heading = _line("th", ["", *comparison.roles, "difference"]) if comparison.base else ""
     keys = [mean(of[TRAINED]) - (mean(of[BASE]) if BASE in of else 0.0) for of in scores.values()]
-    prompt, roles = escape(comparison.prompts[index]), comparison.roles
+    prompt, roles = escape(comparison.prompts[index].text), comparison.roles
     pairs = []
     for number in range(len(images[TRAINED])):
         pictures = "".join(

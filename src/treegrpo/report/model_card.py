@@ -1,6 +1,6 @@
 """The model card of an exported model: from what, on what and how it was trained, the figures.
 
-Left out: the weights that it describes (`models/policy.py`), a run's own report (`run.py`).
+Left out: the weights that it describes (`models/export.py`), a run's own report (`run.py`).
 """
 
 from __future__ import annotations
@@ -17,14 +17,7 @@ from treegrpo.report.run import TrainingResult
 
 
 def write_model_card(folder: Path, config: Config, policy: Policy, result: TrainingResult) -> None:
-    """Write README.md, with the header that model hubs read.
-
-    Args:
-        folder: of the exported model.
-        config: of the run.
-        policy: what was trained.
-        result: of the run; its figures are written with 4 decimals.
-    """
+    """Write README.md into an exported model's folder, with the header that model hubs read."""
     uses_lora, base = config.model.lora_rank > 0, config.model.path
     on_hub = not Path(base).expanduser().exists() and "/" in base
     header = ["library_name: diffusers", "tags: [treegrpo, reinforcement-learning]"]

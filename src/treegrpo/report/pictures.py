@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from matplotlib.patheffects import withStroke
@@ -21,6 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from treegrpo.report import style
+
+Records = Sequence[Mapping[str, float]]
+Numbers = NDArray[np.float64]
 
 # Inches.
 _MARGIN = 0.3
@@ -34,31 +38,29 @@ _IMAGE_SIDES = (0.4, 1.4)
 # --- grids of images ---
 
 
-def image_grid(path: Path, prompts: Sequence[str], images: Tensor) -> None:
-    """Write a PNG with one row per prompt: its text, then its images.
+@dataclass(frozen=True)
+class _Block:
+    """Images that stand side by side in every row, and what is written above them.
 
-    Args:
-        path: the file; its folder is made.
-        prompts: the rows' texts.
+    Attributes:
         images: float [prompts, n, 3, H, W] in [0, 1].
+        correct: bool [prompts, n].
+    """
+
+    images: Tensor
+    label: str | None = None
+    correct: Tensor | None = None
+    accuracy: float | None = None
+
+
+def image_grid(path: Path, prompts: Sequence[str], images: Tensor) -> None:
+    """Write a PNG with one row per prompt: its text, its images [prompts, n, 3, H, W] in [0, 1].
 
     Raises:
         ValueError: the images' shape does not fit the prompts.
     """
     _check_images("images", images, prompts)
-    columns = images.shape[1]
-    width, height = _image_size(images, columns, gaps=(columns - 1) * _GAP)
-    page_width = 2 * _MARGIN + _PROMPT_WIDTH + columns * (width + _GAP) - _GAP
-    row_height = height + _ROW_GAP
-    page_height = 2 * _MARGIN + len(prompts) * row_height - _ROW_GAP
-    figure, axes = style.page(page_width, page_height)
-    for row, prompt in enumerate(prompts):
-        y = _MARGIN + row * row_height + height / 2
-        _write_prompt(axes, prompt, y, height)
-        for column in range(columns):
-            x = _MARGIN + _PROMPT_WIDTH + column * (width + _GAP) + width / 2
-            style.put_image(axes, images[row, column], (x, y), (width, height))
-    style.save(figure, path)
+    _draw_grid(path, prompts, [_Block(images)])
 
 
 def before_after(
@@ -77,15 +79,11 @@ def before_after(
 
     Args:
         path: the file; its folder is made.
-        prompts: the rows' texts.
-        before: float [prompts, n, 3, H, W] in [0, 1].
-        after: likewise.
-        correct_before: bool [prompts, n], which images show what their prompt says (a green frame
-            and a check; else a red one and a cross); None: unknown.
-        correct_after: likewise.
+        before, after: float [prompts, n, 3, H, W] in [0, 1].
+        correct_before, correct_after: bool [prompts, n], which images show what their prompt says
+            (a green frame and a check; else a red one and a cross); None: unknown.
         label_after: what the later images are called.
-        accuracy_before: in [0, 1], written in the header as "47 % right"; None: nothing.
-        accuracy_after: likewise.
+        accuracy_before, accuracy_after: in [0, 1], written in the header as "47 % right".
 
     Raises:
         ValueError: the shapes do not fit the prompts or one another.
@@ -102,33 +100,43 @@ def before_after(
                 f"{name}: got shape {list(correct.shape)}; must be {list(before.shape[:2])}, one "
                 "value per image"
             )
-    columns = before.shape[1]
-    block_gaps = (columns - 1) * _GAP
-    width, height = _image_size(before, 2 * columns, gaps=2 * block_gaps + _BLOCK_GAP)
-    block_width = columns * width + block_gaps
-    lefts = [_MARGIN + _PROMPT_WIDTH + index * (block_width + _BLOCK_GAP) for index in (0, 1)]
-    row_height = height + _ROW_GAP
-    has_accuracy = accuracy_before is not None or accuracy_after is not None
-    legend = 0.0 if correct_before is None and correct_after is None else 0.45
-    top = _MARGIN + (0.68 if has_accuracy else 0.36)
+    blocks = [
+        _Block(before, "before training", correct_before, accuracy_before),
+        _Block(after, label_after, correct_after, accuracy_after),
+    ]
+    _draw_grid(path, prompts, blocks)
+
+
+def _draw_grid(path: Path, prompts: Sequence[str], blocks: Sequence[_Block]) -> None:
+    columns, pixel_height, pixel_width = (blocks[0].images.shape[axis] for axis in (1, 3, 4))
+    block_gaps, gaps = (columns - 1) * _GAP, (len(blocks) - 1) * _BLOCK_GAP
+    # So that the images fill the page's width.
+    room = style.PAGE_WIDTH - 2 * _MARGIN - _PROMPT_WIDTH - (len(blocks) * block_gaps + gaps)
+    width = min(max(room / (len(blocks) * columns), _IMAGE_SIDES[0]), _IMAGE_SIDES[1])
+    height = width * pixel_height / pixel_width
+    block_width, row_height = columns * width + block_gaps, height + _ROW_GAP
+    has_accuracy = any(block.accuracy is not None for block in blocks)
+    header = (0.68 if has_accuracy else 0.36) if blocks[0].label else 0.0
+    legend = 0.45 if any(block.correct is not None for block in blocks) else 0.0
+    left, top = _MARGIN + _PROMPT_WIDTH, _MARGIN + header
     bottom = top + len(prompts) * row_height - _ROW_GAP
-    figure, axes = style.page(lefts[1] + block_width + _MARGIN, bottom + legend + _MARGIN)
-    blocks = (
-        ("before training", accuracy_before, before, correct_before),
-        (label_after, accuracy_after, after, correct_after),
+    figure, axes = style.page(
+        left + len(blocks) * block_width + gaps + _MARGIN, bottom + legend + _MARGIN
     )
-    for left, (label, accuracy, images, correct) in zip(lefts, blocks, strict=True):
-        _write_header(axes, label, accuracy, left, top, block_width)
-        for row in range(len(prompts)):
-            y = top + row * row_height + height / 2
-            for column in range(columns):
-                x = left + column * (width + _GAP) + width / 2
-                right = None if correct is None else bool(correct[row, column])
-                _put_judged(axes, images[row, column], right, (x, y), (width, height))
-    for row, prompt in enumerate(prompts):
-        _write_prompt(axes, prompt, top + row * row_height + height / 2, height)
+    middles = [top + row * row_height + height / 2 for row in range(len(prompts))]
+    for prompt, y in zip(prompts, middles, strict=True):
+        _write_prompt(axes, prompt, y, height)
     if legend:
-        _write_legend(axes, lefts[0], bottom + legend)
+        _write_legend(axes, left, bottom + legend)
+    for block in blocks:
+        if block.label:
+            _write_header(axes, block.label, block.accuracy, left, top, block_width)
+        for row, y in enumerate(middles):
+            for column, image in enumerate(block.images[row]):
+                x = left + column * (width + _GAP) + width / 2
+                right = None if block.correct is None else bool(block.correct[row, column])
+                _put_judged(axes, image, right, (x, y), (width, height))
+        left += block_width + _BLOCK_GAP
     style.save(figure, path)
 
 
@@ -142,14 +150,6 @@ def _check_images(name: str, images: Tensor, prompts: Sequence[str]) -> None:
         )
     if 0 in images.shape:
         raise ValueError(f"{name}: got shape {list(images.shape)}; there is nothing to draw")
-
-
-def _image_size(images: Tensor, columns: int, gaps: float) -> tuple[float, float]:
-    """Width and height in inches, so that so many columns and gaps fill the page's width."""
-    pixel_height, pixel_width = images.shape[-2:]
-    room = style.PAGE_WIDTH - 2 * _MARGIN - _PROMPT_WIDTH - gaps
-    width = min(max(room / columns, _IMAGE_SIDES[0]), _IMAGE_SIDES[1])
-    return width, width * pixel_height / pixel_width
 
 
 def _write_prompt(axes: Axes, prompt: str, y: float, height: float) -> None:
@@ -175,11 +175,7 @@ def _percent(share: float) -> str:
 
 
 def _put_judged(
-    axes: Axes,
-    image: Tensor,
-    right: bool | None,
-    center: tuple[float, float],
-    size: tuple[float, float],
+    axes: Axes, image: Tensor, right: bool | None, center: style.Pair, size: style.Pair
 ) -> None:
     if right is None:
         style.put_image(axes, image, center, size)
@@ -191,28 +187,18 @@ def _put_judged(
 
 def _put_mark(axes: Axes, right: bool, x: float, y: float) -> None:
     """A round badge, 0.16 inches wide, with a check or a cross."""
-    color = style.GOOD if right else style.BAD
-    axes.add_patch(
-        Circle((x, y), 0.08, facecolor=color, edgecolor=style.PAPER, linewidth=1, zorder=5)
-    )
+    color, paper = style.GOOD if right else style.BAD, style.PAPER
+    axes.add_patch(Circle((x, y), 0.08, facecolor=color, edgecolor=paper, linewidth=1, zorder=5))
     check = [[(-0.036, 0.004), (-0.01, 0.03), (0.038, -0.026)]]
     cross = [[(-0.028, -0.028), (0.028, 0.028)], [(-0.028, 0.028), (0.028, -0.028)]]
     for stroke in check if right else cross:
-        xs, ys = zip(*stroke, strict=True)
-        axes.plot(
-            [x + dx for dx in xs],
-            [y + dy for dy in ys],
-            color=style.PAPER,
-            linewidth=1.4,
-            solid_capstyle="round",
-            solid_joinstyle="round",
-            zorder=6,
-        )
+        xs, ys = zip(*((x + dx, y + dy) for dx, dy in stroke), strict=True)
+        (line,) = axes.plot(xs, ys, color=paper, linewidth=1.4, zorder=6)
+        line.set(solid_capstyle="round", solid_joinstyle="round")
 
 
 def _write_legend(axes: Axes, x: float, y: float) -> None:
-    entries = ((True, "exactly what the prompt says"), (False, "something is wrong"))
-    for right, text in entries:
+    for right, text in ((True, "exactly what the prompt says"), (False, "something is wrong")):
         _put_mark(axes, right, x + 0.08, y)
         style.write(axes, (x + 0.24, y), text, color=style.MUTED)
         x += 2.5
@@ -230,17 +216,15 @@ _HEALTH = {
 
 def training_curve(
     path: Path,
-    metrics: Sequence[Mapping[str, float]],
-    evaluations: Sequence[Mapping[str, float]] = (),
+    metrics: Records,
+    evaluations: Records = (),
     rewards: Mapping[str, bool] | None = None,
 ) -> None:
     """Write a PNG with the reward (and accuracy) per iteration, and small panels of health.
 
     Args:
         path: the file; its folder is made.
-        metrics: one mapping per iteration. Read are `iteration`, `reward`, `accuracy`,
-            `ratio_min`, `ratio_mean`, `ratio_max`, `clip_fraction`, `gradient_norm`,
-            `reward_std_within_group` and `reward_normalized/NAME`; what is missing or not finite is
+        metrics: one record per iteration, as training writes them; what is missing or not finite is
             left out.
         evaluations: mappings with `iteration` and `reward` or `accuracy`, on held-out prompts.
         rewards: by name, whether it is trained on. Several share a panel of their normalised
@@ -249,27 +233,19 @@ def training_curve(
     Raises:
         ValueError: neither holds a reward or an accuracy.
     """
-    main = [
-        key
-        for key in ("accuracy", "reward")
-        if any(len(_series(source, key)[0]) for source in (metrics, evaluations))
-    ]
+
+    def has(key: str, *sources: Records) -> bool:
+        return any(len(_series(source, key)[0]) for source in sources)
+
+    main = [key for key in ("accuracy", "reward") if has(key, metrics, evaluations)]
     if not main:
         raise ValueError("metrics: got no iteration with a reward; there is nothing to draw")
-    health = [key for key in _HEALTH if any(len(_series(metrics, k)[0]) for k in _keys(key))]
-    together = {
-        name: trained
-        for name, trained in (rewards or {}).items()
-        if len(_series(metrics, f"reward_normalized/{name}")[0])
-    }
+    health = [panel for panel in _HEALTH if any(has(key, metrics) for key in _keys(panel))]
+    named = (rewards or {}).items()
+    together = {name: of for name, of in named if has(f"reward_normalized/{name}", metrics)}
     count = len(main) + (len(together) > 1)
     figure = Figure(figsize=(style.PAGE_WIDTH, max(5.4, 2.5 * count)), facecolor=style.PAPER)
-    FigureCanvasAgg(figure)
-    right_edge = 0.6 if health else 0.97
-    grid = figure.add_gridspec(
-        count, left=0.08, right=right_edge, top=0.92, bottom=0.11, hspace=0.32
-    )
-    panels = grid.subplots(sharex=True, squeeze=False)[:, 0]
+    panels = _panels(figure, count, left=0.08, right=0.6 if health else 0.97, hspace=0.32)
     for key, axes in zip(main, panels, strict=False):
         _draw_main(axes, metrics, evaluations, key)
         if key == "reward" and len(together) > 1:
@@ -277,54 +253,36 @@ def training_curve(
     if len(together) > 1:
         _draw_rewards(panels[-1], metrics, together)
     panels[0].legend(loc="lower right", frameon=False, fontsize=9, labelcolor=style.MUTED)
-    panels[-1].set_xlabel("iteration", color=style.MUTED, fontsize=9, labelpad=6)
     if health:
-        grid = figure.add_gridspec(
-            len(health), left=0.69, right=0.97, top=0.92, bottom=0.11, hspace=0.62
-        )
-        panels = grid.subplots(sharex=True, squeeze=False)[:, 0]
+        panels = _panels(figure, len(health), left=0.69, right=0.97, hspace=0.62)
         for key, axes in zip(health, panels, strict=True):
             _draw_health(axes, metrics, key)
-        panels[-1].set_xlabel("iteration", color=style.MUTED, fontsize=9, labelpad=6)
     style.save(figure, path)
+
+
+def _panels(figure: Figure, count: int, *, left: float, right: float, hspace: float) -> list[Axes]:
+    """Axes one below the other, over iterations."""
+    grid = figure.add_gridspec(count, left=left, right=right, top=0.92, bottom=0.11, hspace=hspace)
+    panels = grid.subplots(sharex=True, squeeze=False)[:, 0]
+    panels[-1].set_xlabel("iteration", color=style.MUTED, fontsize=9, labelpad=6)
+    return list(panels)
 
 
 def _keys(panel: str) -> tuple[str, ...]:
     return ("ratio_min", "ratio_mean", "ratio_max") if panel == "ratio" else (panel,)
 
 
-def _draw_main(
-    axes: Axes,
-    metrics: Sequence[Mapping[str, float]],
-    evaluations: Sequence[Mapping[str, float]],
-    key: str,
-) -> None:
+def _draw_main(axes: Axes, metrics: Records, evaluations: Records, key: str) -> None:
     percent = key == "accuracy"
     _style_axes(axes, "share of pictures that are right" if percent else "mean reward", size=11)
     x, y = _series(metrics, key)
     if len(x):
         axes.plot(x, y, color=style.ACCENT, alpha=0.25, linewidth=1)
-        axes.plot(
-            x,
-            _smooth(x, y),
-            color=style.ACCENT,
-            linewidth=2.2,
-            marker="o" if len(x) == 1 else "",
-            label="training prompts",
-        )
+        _draw_smooth(axes, x, y, color=style.ACCENT, linewidth=2.2, label="training prompts")
     x, y = _series(evaluations, key)
     if len(x):
-        axes.plot(
-            x,
-            y,
-            color=style.GOOD,
-            linewidth=1.2,
-            marker="o",
-            markersize=6.5,
-            zorder=4,
-            markeredgecolor=style.PAPER,
-            label="held-out prompts",
-        )
+        (dots,) = axes.plot(x, y, color=style.GOOD, linewidth=1.2, label="held-out prompts")
+        dots.set(marker="o", markersize=6.5, markeredgecolor=style.PAPER, zorder=4)
         # The outer side of a curve that mostly rises or mostly falls is free of lines.
         rising = y[-1] >= y[0]
         for end, above in {0: not rising, len(x) - 1: rising}.items():
@@ -347,50 +305,43 @@ def _draw_main(
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _draw_rewards(
-    axes: Axes, metrics: Sequence[Mapping[str, float]], rewards: Mapping[str, bool]
-) -> None:
+def _draw_rewards(axes: Axes, metrics: Records, rewards: Mapping[str, bool]) -> None:
     _style_axes(axes, "each reward, in standard deviations above the untrained model", size=11)
     for (name, trained), color in zip(rewards.items(), cycle(style.SERIES), strict=False):
         x, y = _series(metrics, f"reward_normalized/{name}")
-        axes.plot(
-            x,
-            _smooth(x, y),
-            color=color,
-            linewidth=2 if trained else 1.4,
-            linestyle="-" if trained else (0, (4, 2)),
-            marker="o" if len(x) == 1 else "",
-            label=name if trained else f"{name} (watched)",
-        )
+        how = {"linewidth": 2} if trained else {"linewidth": 1.4, "linestyle": (0, (4, 2))}
+        label = name if trained else f"{name} (watched)"
+        _draw_smooth(axes, x, y, color=color, label=label, **how)
     axes.axhline(0, color=style.NEUTRAL, linewidth=1, zorder=1)
     axes.margins(x=0.05, y=0.15)
     low, high = axes.get_ylim()
     axes.set_ylim(low, high + 0.16 * (high - low))  # room for the legend
-    axes.legend(
-        loc="upper left", ncols=3, frameon=False, fontsize=8, labelcolor=style.MUTED, borderpad=0
-    )
+    font = {"fontsize": 8, "labelcolor": style.MUTED}
+    axes.legend(loc="upper left", ncols=3, frameon=False, borderpad=0, **font)
     axes.yaxis.set_major_locator(MaxNLocator(5))
 
 
-def _draw_health(axes: Axes, metrics: Sequence[Mapping[str, float]], panel: str) -> None:
+def _draw_smooth(axes: Axes, x: Numbers, y: Numbers, **how: Any) -> None:
+    """The Gaussian-weighted mean around each point, as wide as 1/40 of the run."""
+    width = max((x[-1] - x[0]) / 40, 1e-9)
+    weights = np.exp(-0.5 * ((x[:, None] - x[None, :]) / width) ** 2)
+    axes.plot(x, weights @ y / weights.sum(1), marker="o" if len(x) == 1 else "", **how)
+
+
+def _draw_health(axes: Axes, metrics: Records, panel: str) -> None:
     _style_axes(axes, _HEALTH[panel], size=9)
+    shift, values = float(panel == "ratio"), []
     for key in _keys(panel):
         x, y = _series(metrics, key)
-        edge = key in ("ratio_min", "ratio_max")
-        axes.plot(
-            x,
-            y - 1 if panel == "ratio" else y,
-            color=style.MUTED if not edge else style.NEUTRAL,
-            linewidth=1.2,
-            marker="." if len(x) == 1 else "",
-        )
+        values += list(y - shift)
+        color = style.NEUTRAL if key in ("ratio_min", "ratio_max") else style.MUTED
+        axes.plot(x, y - shift, color=color, linewidth=1.2, marker="." if len(x) == 1 else "")
     axes.margins(y=0.15)
-    values = np.concatenate([_series(metrics, key)[1] for key in _keys(panel)])
     if panel == "clip_fraction":
-        top = max(1.15 * values.max(), 0.01)
+        top = max(1.15 * max(values), 0.01)
         axes.set_ylim(-0.04 * top, top)  # a line at 0 shows
     if panel == "ratio":
-        largest = max(1.15 * np.abs(values - 1).max(), 1e-6)  # a rounding error is no news
+        largest = max(1.15 * max(map(abs, values)), 1e-6)  # a rounding error is no news
         axes.set_ylim(-largest, largest)
         axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         axes.yaxis.get_offset_text().set(size=8, color=style.MUTED, x=1, ha="right")
@@ -407,19 +358,9 @@ def _style_axes(axes: Axes, title: str, size: float) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
 
 
-def _series(
-    rows: Sequence[Mapping[str, float]], key: str
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _series(rows: Records, key: str) -> tuple[Numbers, Numbers]:
     """Iterations and finite values of the rows that have the key."""
     points = [(row["iteration"], row[key]) for row in rows if row.get(key) is not None]
     x, y = np.array(points, dtype=np.float64).reshape(-1, 2).T
     finite = np.isfinite(y)
     return x[finite], y[finite]
-
-
-def _smooth(x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The Gaussian-weighted mean around each point, as wide as 1/40 of the run."""
-    width = max((x[-1] - x[0]) / 40, 1e-9)
-    weights = np.exp(-0.5 * ((x[:, None] - x[None, :]) / width) ** 2)
-    smoothed: NDArray[np.float64] = weights @ y / weights.sum(1)
-    return smoothed

@@ -51,54 +51,38 @@ class TrainingResult:
         interrupted: bool,
     ) -> TrainingResult:
         """From the first and the last evaluation and what a run has done."""
-        return TrainingResult(
-            folder,
-            {name: before.mean(name) for name in before.scores},
-            {name: after.mean(name) for name in after.scores},
-            progress["iteration"],
-            progress["seconds"],
-            progress["rollout_forwards"],
-            progress["update_forwards"],
-            interrupted,
-        )
+        first, last = ({name: one.mean(name) for name in one.scores} for one in (before, after))
+        done = {**progress, "iterations": progress["iteration"], "interrupted": interrupted}
+        del done["iteration"]
+        return TrainingResult(folder, first, last, **done)
 
 
 def describe(evaluation: Evaluation) -> str:
+    """The means on one line."""
     return "  ".join(f"{name} {evaluation.mean(name):.3f}" for name in evaluation.scores)
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
-
-
 def write_report(
-    config: Config,
-    before: Evaluation,
-    after: Evaluation,
-    result: TrainingResult,
-    display: Display,
+    config: Config, before: Evaluation, after: Evaluation, result: TrainingResult, display: Display
 ) -> None:
     """Pictures, summary.json and the closing table."""
-    folder, accuracy = result.folder, config.accuracy
+    folder, accuracy, seconds = result.folder, config.accuracy, result.seconds
     summary = asdict(result) | {"folder": str(folder)}
-    text = json.dumps(summary, indent=2) + "\n"
-    write_atomically(folder / SUMMARY_FILE, text)
+    write_atomically(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
     picture, curve = (folder / name for name in PICTURE_FILES)
     correct: list[Tensor | None] = [None, None]
-    shares: list[float | None] = [None, None]
     if accuracy is not None:
-        evaluated = (before, after)
-        correct = [e.scores[accuracy][list(e.kept)] > 0.5 for e in evaluated]
-        shares = [e.mean(accuracy) for e in evaluated]
+        correct = [one.scores[accuracy][list(one.kept)] > 0.5 for one in (before, after)]
+    duration = f"{seconds:.0f} seconds" if seconds < 100 else f"{seconds / 60:.0f} minutes"
     before_after(
         picture,
         [before.prompts[index] for index in before.kept],
         before.images,
         after.images,
         *correct,
-        label_after=f"after {_duration(result.seconds)} of training",
-        accuracy_before=shares[0],
-        accuracy_after=shares[1],
+        label_after=f"after {duration} of training",
+        accuracy_before=result.before[accuracy] if accuracy else None,
+        accuracy_after=result.after[accuracy] if accuracy else None,
     )
     evaluations = read_lines(folder / EVALUATIONS_FILE)
     main = config.trained_rewards[0].key
@@ -109,20 +93,16 @@ def write_report(
     metrics = read_lines(folder / METRICS_FILE)
     rewards = {r.key: r.weight > 0 for r in config.rewards if r.key != accuracy}
     training_curve(curve, metrics, evaluations, rewards)
+    where = f"on {len(before.prompts)} held-out prompts"
+    forwards = f"{result.rollout_forwards:,} rollout, {result.update_forwards:,} update"
     rows = [
-        (
-            f"{name} on {len(before.prompts)} held-out prompts",
-            f"{result.before[name]:.3f} -> {result.after[name]:.3f}",
-        )
-        for name in before.scores
+        (f"{name} {where}", f"{mean:.3f} -> {result.after[name]:.3f}")
+        for name, mean in result.before.items()
     ]
     rows += [
         ("iterations", f"{result.iterations}"),
-        ("training time", f"{int(result.seconds // 60)} min {result.seconds % 60:02.0f} s"),
-        (
-            "model forwards",
-            f"{result.rollout_forwards:,} rollout, {result.update_forwards:,} update",
-        ),
+        ("training time", f"{int(seconds // 60)} min {seconds % 60:02.0f} s"),
+        ("model forwards", forwards),
         ("before and after", str(picture)),
         ("reward curve", str(curve)),
         ("metrics", str(folder / METRICS_FILE)),

@@ -16,12 +16,14 @@ from typing import Literal
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.patches import FancyBboxPatch
 from numpy.typing import NDArray
 from torch import Tensor
+
+Pair = tuple[float, float]
+"""Of inches: a point from the page's top left, or width and height."""
 
 PAPER = "#ffffff"
 INK = "#1f2a37"
@@ -53,7 +55,6 @@ LARGEST_PAGE = 30_000
 def page(width: float, height: float) -> tuple[Figure, Axes]:
     """A page of so many inches, and axes that cover it in inches from the top left."""
     figure = Figure(figsize=(width, height), facecolor=PAPER)
-    FigureCanvasAgg(figure)
     axes = figure.add_axes((0.0, 0.0, 1.0, 1.0))
     axes.set_axis_off()
     axes.set(xlim=(0, width), ylim=(height, 0))
@@ -80,7 +81,7 @@ def _fonts() -> list[str]:
 
 def write(
     axes: Axes,
-    point: tuple[float, float],
+    point: Pair,
     text: str,
     *,
     size: float = 9,
@@ -123,8 +124,8 @@ def pixels(image: Tensor) -> NDArray[np.float32]:
 def put_image(
     axes: Axes,
     image: Tensor,
-    center: tuple[float, float],
-    size: tuple[float, float],
+    center: Pair,
+    size: Pair,
     *,
     color: str | tuple[float, float, float] = RULE,
     line_width: float = 1.0,
@@ -133,22 +134,10 @@ def put_image(
     """Draw one image with a frame of `color`, its corners rounded; center and size in inches."""
     (x, y), (width, height) = center, size
     left, top = x - width / 2, y - height / 2
-    frame = FancyBboxPatch(
-        (left, top),
-        width,
-        height,
-        boxstyle=f"round,pad=0,rounding_size={0.07 * min(size)}",
-        facecolor="none",
-        edgecolor=color,
-        linewidth=line_width,
-        zorder=zorder + 0.1,
-    )
+    box = f"round,pad=0,rounding_size={0.07 * min(size)}"
+    frame = FancyBboxPatch((left, top), width, height, box, facecolor="none", edgecolor=color)
+    frame.set(linewidth=line_width, zorder=zorder + 0.1)
     axes.add_patch(frame)
-    artist = axes.imshow(
-        pixels(image),
-        extent=(left, left + width, top + height, top),
-        aspect="auto",
-        interpolation="catrom",
-        zorder=zorder,
-    )
-    artist.set_clip_path(frame)
+    extent = (left, left + width, top + height, top)
+    artist = axes.imshow(pixels(image), aspect="auto", interpolation="catrom", extent=extent)
+    artist.set(zorder=zorder, clip_path=frame)

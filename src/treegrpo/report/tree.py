@@ -26,7 +26,6 @@ from treegrpo.plan import RolloutPlan
 from treegrpo.report import style
 
 Color = tuple[float, float, float]
-Point = tuple[float, float]
 
 # Inches.
 _MARGIN = 0.3
@@ -43,17 +42,12 @@ _LEAF_ANGLE = math.radians(30)
 
 
 def advantage_color(advantage: float, limit: float) -> Color:
-    """The color of an edge: grey at zero, greener up to `limit`, more orange down to `-limit`.
-
-    Returns:
-        Red, green and blue in [0, 1].
-    """
-    end = to_rgb(style.GOOD if advantage > 0 else style.BAD)
+    """An edge's red, green and blue in [0, 1]: grey at 0, green at `limit`, orange at `-limit`."""
     share = min(abs(advantage) / limit, 1.0) ** 0.75 if limit > 0 else 0.0
-    red, green, blue = (
-        neutral + share * (target - neutral)
-        for neutral, target in zip(to_rgb(style.NEUTRAL), end, strict=True)
+    ends = zip(
+        to_rgb(style.NEUTRAL), to_rgb(style.GOOD if advantage > 0 else style.BAD), strict=True
     )
+    red, green, blue = (neutral + share * (end - neutral) for neutral, end in ends)
     return red, green, blue
 
 
@@ -70,45 +64,37 @@ def draw_forest(
 
     Args:
         path: the file; its folder is made.
-        plan: of the forest.
         images: the levels to draw: level t (0..T, T the leaves) to float [widths[t], 3, H, W] in
             [0, 1]. The leaves and at least one other level are needed.
         advantages: every stochastic step to float [widths[step + 1]], one value per edge.
         rewards: float [leaves].
-        prompt: its text.
         sigmas: T + 1 noise levels, from 1 (all noise) down to 0.
 
     Raises:
         ValueError: a level, a step or a shape does not fit the plan.
     """
     _check(plan, images, advantages, rewards, sigmas)
-    layout = _arrange(plan, images)
+    height, width = images[plan.steps].shape[-2:]
+    layout = _arrange(plan, sorted(images), width / height)
     limit = max(float(advantages[step].abs().max()) for step in plan.stochastic_steps)
     figure, axes = style.page(layout.width, layout.height)
 
-    _shade_window(axes, plan, layout)
+    _shade_window(axes, layout)
     for level, later in zip(layout.levels, layout.levels[1:], strict=False):
         for child in range(plan.widths[later]):
             parent = child * plan.widths[level] // plan.widths[later]
             advantage = _incoming(plan, advantages, later, child, since=level)
             color = None if advantage is None else advantage_color(advantage, limit)
             _draw_edge(axes, layout, (level, parent), (later, child), color)
-    for level in layout.levels:
-        for node in range(plan.widths[level]):
-            advantage = _incoming(plan, advantages, level, node)
-            style.put_image(
-                axes,
-                images[level][node],
-                layout.point(level, node),
-                layout.sizes[level],
-                color=advantage_color(advantage or 0.0, limit),
-                line_width=1.0 + 2.0 * min(layout.sizes[level]),
-                zorder=4,
-            )
-    _write_rewards(axes, plan, layout, rewards)
-    _write_levels(axes, plan, layout, sigmas)
-    _write_zones(axes, plan, layout)
-    _write_texts(axes, plan, layout, prompt)
+    for level, size in layout.sizes.items():
+        for node, image in enumerate(images[level]):
+            color = advantage_color(_incoming(plan, advantages, level, node) or 0.0, limit)
+            point, line_width = layout.point(level, node), 1.0 + 2.0 * min(size)
+            style.put_image(axes, image, point, size, color=color, line_width=line_width, zorder=4)
+    _write_rewards(axes, layout, rewards)
+    _write_levels(axes, layout, sigmas)
+    _write_zones(axes, layout)
+    _write_texts(axes, layout, prompt)
     _draw_color_bar(axes, layout, limit)
     style.save(figure, path)
 
@@ -135,14 +121,14 @@ def _check(
             )
     if not plan.stochastic_steps:
         raise ValueError("plan: got no stochastic step; there are no advantages to draw")
-    for step in plan.stochastic_steps:
-        shape = list(advantages[step].shape) if step in advantages else None
-        if shape != [plan.widths[step + 1]]:
-            raise ValueError(
-                f"advantages[{step}]: got shape {shape}; must be [{plan.widths[step + 1]}]"
-            )
-    if rewards.shape != (plan.leaves,):
-        raise ValueError(f"rewards: got shape {list(rewards.shape)}; must be [{plan.leaves}]")
+    lists = {
+        f"advantages[{step}]": (advantages.get(step), plan.widths[step + 1])
+        for step in plan.stochastic_steps
+    }
+    for name, (values, size) in {**lists, "rewards": (rewards, plan.leaves)}.items():
+        shape = None if values is None else list(values.shape)
+        if shape != [size]:
+            raise ValueError(f"{name}: got shape {shape}; must be [{size}]")
     if len(sigmas) != plan.steps + 1:
         raise ValueError(f"sigmas: got {len(sigmas)}; must be {plan.steps + 1}, one per level")
 
@@ -151,11 +137,10 @@ def _incoming(
     plan: RolloutPlan, advantages: Mapping[int, Tensor], level: int, node: int, since: int = 0
 ) -> float | None:
     """The advantage of the last stochastic edge on the way from level `since` to a node."""
-    steps = [step for step in plan.stochastic_steps if since <= step < level]
-    if not steps:
+    step = max((step for step in plan.stochastic_steps if since <= step < level), default=None)
+    if step is None:
         return None
-    edge = node * plan.widths[steps[-1] + 1] // plan.widths[level]
-    return float(advantages[steps[-1]][edge])
+    return float(advantages[step][node * plan.widths[step + 1] // plan.widths[level]])
 
 
 # --- where things stand ---
@@ -173,27 +158,27 @@ class _Layout:
         half_span: half the crown's angle.
     """
 
-    levels: tuple[int, ...]
+    plan: RolloutPlan
+    levels: list[int]
     radii: dict[int, float]
     angles: dict[int, list[float]]
     sizes: dict[int, tuple[float, float]]
     half_span: float
-    center: Point
+    center: style.Pair
     width: float
     height: float
 
-    def polar(self, radius: float, angle: float) -> Point:
+    def polar(self, radius: float, angle: float) -> style.Pair:
         x, y = self.center
         return x + radius * math.cos(angle), y - radius * math.sin(angle)
 
-    def point(self, level: int, node: int) -> Point:
+    def point(self, level: int, node: int) -> style.Pair:
         if self.radii[level] <= 0:
             return self.center[0], self.center[1] - self.radii[level]
         return self.polar(self.radii[level], self.angles[level][node])
 
 
-def _arrange(plan: RolloutPlan, images: Mapping[int, Tensor]) -> _Layout:
-    levels = sorted(images)
+def _arrange(plan: RolloutPlan, levels: list[int], aspect: float) -> _Layout:
     trunk = [level for level in levels[:-1] if plan.widths[level] == 1]
     rings = levels[len(trunk) :]
     radii = {level: -_TRUNK_LEVEL * depth for depth, level in enumerate(reversed(trunk))}
@@ -210,12 +195,9 @@ def _arrange(plan: RolloutPlan, images: Mapping[int, Tensor]) -> _Layout:
     angles = {}
     for level in levels:
         under = plan.leaves // plan.widths[level]
-        angles[level] = [
-            (leaf_angles[node * under] + leaf_angles[(node + 1) * under - 1]) / 2
-            for node in range(plan.widths[level])
-        ]
+        firsts, lasts = leaf_angles[::under], leaf_angles[under - 1 :: under]
+        angles[level] = [(first + last) / 2 for first, last in zip(firsts, lasts, strict=True)]
 
-    height, width = images[plan.steps].shape[-2:]
     spacing = (_CROWN_RADIUS - _INNERMOST_RING) / max(len(rings) - 1, 1)
     sizes = {}
     for level in levels:
@@ -224,14 +206,13 @@ def _arrange(plan: RolloutPlan, images: Mapping[int, Tensor]) -> _Layout:
             across = abs(math.cos(one) - math.cos(other))
             along = abs(math.sin(one) - math.sin(other))
             side = min(side, 0.95 * radii[level] * max(across, along))
-        sizes[level] = (side * width / max(width, height), side * height / max(width, height))
+        sizes[level] = (side * min(aspect, 1.0), side / max(aspect, 1.0))
 
     reach = _CROWN_RADIUS + max(sizes[plan.steps]) / 2 + _REWARD_ROOM
-    page_width = 2 * reach
-    center = (page_width / 2, _MARGIN / 2 + reach)
+    center = (reach, _MARGIN / 2 + reach)
     below = max(0.55 - _CROWN_RADIUS * math.cos(span / 2), 0.65 - min(radii.values()))
-    page_height = center[1] + below + _FOOTER + _MARGIN
-    return _Layout(tuple(levels), radii, angles, sizes, span / 2, center, page_width, page_height)
+    height = center[1] + below + _FOOTER + _MARGIN
+    return _Layout(plan, levels, radii, angles, sizes, span / 2, center, 2 * reach, height)
 
 
 def _gap(plan: RolloutPlan, leaf: int) -> float:
@@ -243,25 +224,17 @@ def _gap(plan: RolloutPlan, leaf: int) -> float:
 # --- what is drawn ---
 
 
-def _shade_window(axes: Axes, plan: RolloutPlan, layout: _Layout) -> None:
-    start, end = _window_radii(plan, layout)
+def _shade_window(axes: Axes, layout: _Layout) -> None:
+    start, end = _window_radii(layout)
     degrees = math.degrees(layout.half_span) + 3
-    axes.add_patch(
-        Wedge(
-            layout.center,
-            end,
-            -90 - degrees,
-            -90 + degrees,
-            width=end - start,
-            facecolor=style.SHADE,
-            edgecolor="none",
-            zorder=0,
-        ),
-    )
+    wedge = Wedge(layout.center, end, -90 - degrees, -90 + degrees, width=end - start, zorder=0)
+    wedge.set(facecolor=style.SHADE, edgecolor="none")
+    axes.add_patch(wedge)
 
 
-def _window_radii(plan: RolloutPlan, layout: _Layout) -> tuple[float, float]:
-    first, last = plan.stochastic_steps[0], plan.stochastic_steps[-1] + 1
+def _window_radii(layout: _Layout) -> tuple[float, float]:
+    steps = layout.plan.stochastic_steps
+    first, last = steps[0], steps[-1] + 1
     before = [layout.radii[level] for level in layout.levels if level <= first]
     after = [layout.radii[level] for level in layout.levels if level >= last]
     return max(max(before, default=0.0), 0.0), max(after[0], 0.0)
@@ -285,44 +258,33 @@ def _draw_edge(
         parent_angle = layout.angles[parent[0]][parent[1]] if inner > 0 else child_angle
         bends = [layout.polar(middle, parent_angle), layout.polar(middle, child_angle)]
         curve = Curve([start, *bends, end], [Curve.MOVETO] + [Curve.CURVE4] * 3)
-    width = 1.2 if color is None else 1.6 + 4 * min(layout.sizes[child[0]])
-    axes.add_patch(
-        PathPatch(
-            curve,
-            facecolor="none",
-            edgecolor=color or style.MUTED,
-            linewidth=width,
-            linestyle="-" if color else (0, (1, 1.8)),
-            capstyle="round",
-            zorder=2,
-        ),
-    )
+    patch = PathPatch(curve, facecolor="none", capstyle="round", zorder=2)
+    if color is None:
+        patch.set(edgecolor=style.MUTED, linewidth=1.2, linestyle=(0, (1, 1.8)))
+    else:
+        patch.set(edgecolor=color, linewidth=1.6 + 4 * min(layout.sizes[child[0]]))
+    axes.add_patch(patch)
 
 
-def _write_rewards(axes: Axes, plan: RolloutPlan, layout: _Layout, rewards: Tensor) -> None:
-    width, height = layout.sizes[plan.steps]
+def _write_rewards(axes: Axes, layout: _Layout, rewards: Tensor) -> None:
+    leaves = layout.plan.steps
+    width, height = layout.sizes[leaves]
     best = float(rewards.max())
-    for angle, reward in zip(layout.angles[plan.steps], rewards.tolist(), strict=True):
+    for angle, reward in zip(layout.angles[leaves], rewards.tolist(), strict=True):
         cosine, sine = abs(math.cos(angle)), abs(math.sin(angle))
         to_frame = min(width / 2 / max(cosine, 1e-9), height / 2 / max(sine, 1e-9))
         radius = _CROWN_RADIUS + to_frame + 0.06 + 0.15 * cosine + 0.06 * sine
         is_best = reward == best
-        style.write(
-            axes,
-            layout.polar(radius, angle),
-            f"{reward:.2f}",
-            size=8,
-            color=style.INK if is_best else style.MUTED,
-            bold=is_best,
-            align="center",
-        )
+        color, point = style.INK if is_best else style.MUTED, layout.polar(radius, angle)
+        text = f"{reward:.2f}"
+        style.write(axes, point, text, size=8, color=color, bold=is_best, align="center")
 
 
-def _write_levels(axes: Axes, plan: RolloutPlan, layout: _Layout, sigmas: Sequence[float]) -> None:
+def _write_levels(axes: Axes, layout: _Layout, sigmas: Sequence[float]) -> None:
     """How far each drawn level is, right of the trunk and along the crown's right edge."""
     for level in layout.levels:
         name = "start" if level == 0 else f"after {level} step{'s' * (level > 1)}"
-        if level == plan.steps:
+        if level == layout.plan.steps:
             name = "finished"
         text = f"{name}\n{100 * sigmas[level]:.0f} % noise"
         radius = layout.radii[level]
@@ -337,12 +299,12 @@ def _write_levels(axes: Axes, plan: RolloutPlan, layout: _Layout, sigmas: Sequen
         style.write(axes, (x + dx, y + dy), text, size=8, color=style.MUTED)
 
 
-def _write_zones(axes: Axes, plan: RolloutPlan, layout: _Layout) -> None:
+def _write_zones(axes: Axes, layout: _Layout) -> None:
     """The names of the window, the tails and the prefix.
 
     The first two stand along the crown's left edge, the third on the left of the trunk.
     """
-    _, end = _window_radii(plan, layout)
+    _, end = _window_radii(layout)
     angle = math.pi / 2 + layout.half_span
     rotation = math.degrees(angle) - 180
 
@@ -356,7 +318,7 @@ def _write_zones(axes: Axes, plan: RolloutPlan, layout: _Layout) -> None:
                 axes, point, line, color=color, bold=not index, align=align, rotation=rotation
             )
 
-    children = max(plan.branching)
+    children = max(layout.plan.branching)
     detail = f"every node branches into {children}" if children > 1 else "every step is random"
     along_edge(end - 0.05, ("stochastic window", detail), "left")
     if end < _CROWN_RADIUS:
@@ -367,34 +329,27 @@ def _write_zones(axes: Axes, plan: RolloutPlan, layout: _Layout) -> None:
         style.write(axes, point, "shared\ndeterministic\nprefix", bold=True, align="right")
 
 
-def _write_texts(axes: Axes, plan: RolloutPlan, layout: _Layout, prompt: str) -> None:
-    trees = "one tree" if plan.roots == 1 else f"{plan.roots} trees"
+def _write_texts(axes: Axes, layout: _Layout, prompt: str) -> None:
+    roots = layout.plan.roots
+    trees = "one tree" if roots == 1 else f"{roots} trees"
     style.write(axes, (_MARGIN, _MARGIN + 0.14), f"One prompt, {trees}", size=15, bold=True)
     quoted = textwrap.fill(f"“{prompt}”", 24, max_lines=3, placeholder=" …”")
     point = (_MARGIN, _MARGIN + 0.38)
     style.write(axes, point, quoted, size=10.5, color=style.MUTED, valign="top")
-    style.write(
-        axes,
-        (layout.width / 2, layout.height - _MARGIN),
+    point = (layout.width / 2, layout.height - _MARGIN)
+    text = (
         "Each small image is the model's guess, at that point, of the finished one.\n"
-        "The numbers are the rewards of the finished ones.",
-        color=style.MUTED,
-        align="center",
-        valign="bottom",
+        "The numbers are the rewards of the finished ones."
     )
+    style.write(axes, point, text, color=style.MUTED, align="center", valign="bottom")
 
 
 def _draw_color_bar(axes: Axes, layout: _Layout, limit: float) -> None:
     width, height = 1.75, 0.1
     right, top = layout.width - _MARGIN, _MARGIN + 0.3
     colors = [advantage_color(step / 64, 1.0) for step in range(-64, 65)]
-    axes.imshow(
-        [list(range(len(colors)))],
-        extent=(right - width, right, top + height, top),
-        cmap=ListedColormap(colors),
-        aspect="auto",
-        interpolation="nearest",
-    )
+    bar, extent = [list(range(len(colors)))], (right - width, right, top + height, top)
+    axes.imshow(bar, ListedColormap(colors), aspect="auto", interpolation="nearest", extent=extent)
     title = (right - width / 2, top - 0.18)
     style.write(axes, title, "advantage of a branch", bold=True, align="center")
     y = top + height + 0.14

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import ndimage  # type: ignore[import-untyped]
-from scipy.optimize import linear_sum_assignment  # type: ignore[import-untyped]
+from scipy import ndimage
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn import functional
 

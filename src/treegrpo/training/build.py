@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from treegrpo import checkpoint
-from treegrpo.config import Config
+from treegrpo.config import Config, method_of
 from treegrpo.evaluation.measure import evaluate
 from treegrpo.evaluation.results import Evaluation
+from treegrpo.evaluation.sampling import Draws
 from treegrpo.images import evenly_spaced
-from treegrpo.methods import Method, method_of
+from treegrpo.methods import Method
 from treegrpo.models.export import export, export_bytes
 from treegrpo.models.folder import check_trainable
 from treegrpo.models.opening import load_weights, open_policy
@@ -75,27 +76,31 @@ class Run:
     _saved: dict[str, Any] | None = None
 
     def measure(self) -> Evaluation:
-        """The current policy (its average, if one is kept) on the held-out prompts, of which each
-        process takes a share.
+        """The current policy (its average, if one is kept) on the held-out prompts.
+
+        Each process takes a share of them.
 
         Raises:
             RewardError: a reward failed, here or on another process.
         """
-        config, settings = self.config, self.config.evaluation
+        config = self.config
+        settings, rollout = config.evaluation, config.rollout
         with self.learner.averaged(), self.engine.failing_together():
             own = evaluate(
                 self.policy,
                 self.held_out,
                 self.rewards,
-                images_per_prompt=settings.images_per_prompt,
-                steps=config.rollout.steps,
-                seed=settings.seed,
-                max_batch=config.rollout.max_batch,
-                decode_batch=config.rollout.decode_batch,
-                keep=evenly_spaced(len(self.held_out), PICTURED_PROMPTS),
-                keep_folder=config.output / FAILED_REWARD_FOLDER,
-                frames={reward.key: reward.frames for reward in config.rewards},
+                Draws(
+                    settings.images_per_prompt,
+                    rollout.steps,
+                    settings.seed,
+                    rollout.max_batch,
+                    rollout.decode_batch,
+                ),
                 share=self.engine.consecutive_share(len(self.held_out)),
+                keep=evenly_spaced(len(self.held_out), PICTURED_PROMPTS),
+                frames={reward.key: reward.frames for reward in config.rewards},
+                keep_folder=config.output / FAILED_REWARD_FOLDER,
             )
         return Evaluation.join(self.engine.everyones(own))
 

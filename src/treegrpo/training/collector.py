@@ -47,6 +47,9 @@ class Batch:
 class Collector:
     """Makes batches.
 
+    Args:
+        failed_folder: where a failing reward leaves its images.
+
     Attributes:
         rewards: by name; all are asked, those with a weight above 0 are trained on.
     """
@@ -60,10 +63,6 @@ class Collector:
         engine: Engine,
         failed_folder: Path,
     ) -> None:
-        """
-        Args:
-            failed_folder: where a failing reward leaves its images.
-        """
         self._config, self._settings, self._seed = config, config.rollout, config.train.seed
         self._policy, self._method, self._engine = policy, method, engine
         self.rewards, self._failed_folder = rewards, failed_folder

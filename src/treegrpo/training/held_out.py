@@ -11,8 +11,9 @@ from treegrpo.training.metrics import RewardMetrics, is_due
 
 
 class HeldOut:
-    """A run's evaluations, kept as they are made. Making one measures the untrained model; a run
-    that is resumed then takes over what it has trained.
+    """A run's evaluations, kept as they are made.
+
+    Making one measures the untrained model; a run that is resumed then takes over its weights.
 
     Attributes:
         before: of the untrained model.

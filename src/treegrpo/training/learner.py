@@ -29,6 +29,9 @@ from treegrpo.training.metrics import UpdateMetrics
 class Learner:
     """A policy that learns.
 
+    Args:
+        warnings: takes what is to be told.
+
     Attributes:
         policy: its network is the bare one, which alone can be exported, and which samples without
             waiting for other processes.
@@ -46,10 +49,6 @@ class Learner:
         engine: Engine,
         warnings: list[str],
     ) -> None:
-        """
-        Args:
-            warnings: takes what is to be told.
-        """
         self.policy, self._method, self._settings, self._engine = policy, method, settings, engine
         policy.network.eval()  # no dropout: the ratio compares the same function
         self.parameters = [p for p in policy.network.parameters() if p.requires_grad]
