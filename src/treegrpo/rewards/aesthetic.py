@@ -7,11 +7,12 @@ Left out: version 1, and predictors on other CLIPs than ViT-L/14.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from treegrpo.errors import UserError
 from treegrpo.rewards.checkpoints import Placement, find_file, read_weights
 from treegrpo.rewards.clip_models import Clip, find_clip, load_model, process_pictures
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,9 +72,7 @@ class Aesthetic:
 
         self.clip = Clip(model, preprocess, None, placement)
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """Score N images, float [N, 3, H, W] in [0, 1]: float32 [N]. Nothing else is used."""
         from torch.nn import functional
 

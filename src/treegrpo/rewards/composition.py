@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +26,7 @@ from torch.nn import functional
 
 from treegrpo.errors import UserError
 from treegrpo.miniature.scenes import BACKGROUND, COLORS, IMAGE_SIZE, SHAPES, parse, relation_holds
+from treegrpo.rewards.registry import Metadata
 
 # Lengths are in pixels of an IMAGE_SIZE picture, color distances Euclidean in [0, 1] RGB.
 VISIBLE = 0.3  # least distance from the background that people notice
@@ -223,9 +223,7 @@ def _grade(
     )
 
 
-def composition(
-    images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-) -> Tensor:
+def composition(images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
     """How far each picture shows what its prompt says: float32 [N] in [0, 1].
 
     Seen objects are assigned to asked ones so that the most agrees: 1 for color and shape, 0.5
@@ -252,9 +250,7 @@ def composition(
     )
 
 
-def composition_accuracy(
-    images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-) -> Tensor:
+def composition_accuracy(images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
     """Whether each picture shows exactly what its prompt says: float32 [N], 0 or 1.
 
     Right is: the asked objects with their counts, nothing else that is visible, and the relation.
@@ -265,13 +261,11 @@ def composition_accuracy(
 class Composition:
     """`composition`, as a reward that refuses prompts of another kind before a run."""
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """Float32 [N] in [0, 1]; see `composition`."""
         return composition(images, prompts, metadata)
 
-    def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
+    def check(self, prompts: list[str], metadata: Metadata) -> None:
         """Raises UserError for the first prompt that is not of the miniature's grammar."""
         for prompt in prompts:
             try:
@@ -283,8 +277,6 @@ class Composition:
 class CompositionAccuracy(Composition):
     """`composition_accuracy`, likewise."""
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """Float32 [N], 0 or 1; see `composition_accuracy`."""
         return composition_accuracy(images, prompts, metadata)

@@ -22,6 +22,7 @@ from treegrpo.errors import UserError
 from treegrpo.images import to_uint8
 from treegrpo.rewards.checkpoints import Placement
 from treegrpo.rewards.clip_models import Clip, find_clip, load_clip, load_model, load_tokenizer
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     import torch
@@ -329,13 +330,11 @@ class GenEval:
             raise UserError(str(error).replace("option path", "option color_path")) from error
         self._color_queries: dict[str, Tensor] = {}
 
-    def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
+    def check(self, prompts: list[str], metadata: Metadata) -> None:
         """Raises UserError for the first prompt whose metadata cannot be judged."""
         self._requirements(prompts, metadata)
 
-    def _requirements(
-        self, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> list[Requirements]:
+    def _requirements(self, prompts: list[str], metadata: Metadata) -> list[Requirements]:
         result = []
         for prompt, entry in zip(prompts, metadata or [{}] * len(prompts), strict=True):
             required = requirements(prompt, entry)
@@ -350,9 +349,7 @@ class GenEval:
             result.append(required)
         return result
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> list[float]:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> list[float]:
         """Judge N images, float [N, 3, H, W] in [0, 1], by their metadata: N numbers in [0, 1]."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have the shape [N, 3, H, W], got {list(images.shape)}")

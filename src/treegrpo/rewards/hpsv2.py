@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from treegrpo.errors import UserError
 from treegrpo.rewards.checkpoints import Placement, find_checkpoint, find_file, read_weights
 from treegrpo.rewards.clip_models import Clip, has_tokenizer, load_model, load_tokenizer
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,9 +86,7 @@ class HPSv2:
         preprocess = partial(fit_pictures, size=model.config.vision_config.image_size)
         self.clip = Clip(model, preprocess, tokenizer, placement)
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """Score N images, float [N, 3, H, W] in [0, 1]: float32 [N]. `metadata` is not used."""
         return self.clip.similarity(images, [clean(prompt) for prompt in prompts])
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from treegrpo.errors import UserError
 from treegrpo.images import to_uint8
 from treegrpo.rewards.checkpoints import Placement, find_checkpoint, find_file, read_weights
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,9 +114,7 @@ class ImageReward:
         for name in ("vision", "text"):
             self._network[name].to(getattr(torch, dtype))
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """Score N images, float [N, 3, H, W] in [0, 1]: float32 [N]. `metadata` is not used."""
         import torch
 

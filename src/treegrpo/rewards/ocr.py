@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError
 from treegrpo.images import to_uint8
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     import numpy as np
@@ -113,14 +114,12 @@ class OCR:
             }
         )
 
-    def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
+    def check(self, prompts: list[str], metadata: Metadata) -> None:
         """Raises UserError for the first prompt that asks for no text."""
         for prompt, entry in zip(prompts, metadata or [{}] * len(prompts), strict=True):
             _target(prompt, entry)
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> list[float]:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> list[float]:
         """Read N images, float [N, 3, H, W] in [0, 1], and compare: N numbers in [0, 1]."""
         entries = metadata or [{}] * len(prompts)
         targets = [_target(*pair) for pair in zip(prompts, entries, strict=True)]

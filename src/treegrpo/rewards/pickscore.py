@@ -5,10 +5,11 @@ Left out: loading CLIP and embedding, which other rewards do too (`treegrpo.rewa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from treegrpo.rewards.checkpoints import Placement
 from treegrpo.rewards.clip_models import Clip, load_clip
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +44,6 @@ class PickScore:
         self.scale: float = model.logit_scale.exp().item()  # before bfloat16 moves it by a percent
         self.clip = Clip(model, preprocess, tokenizer, placement)
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """Score N images, float [N, 3, H, W] in [0, 1]: float32 [N]. `metadata` is not used."""
         return self.scale * self.clip.similarity(images, prompts)

@@ -27,6 +27,8 @@ from base64 import b64decode, b64encode
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from treegrpo.rewards.registry import Metadata
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -67,9 +69,7 @@ def to_png(pixels: NDArray[np.uint8]) -> str:
     return b64encode(file.getvalue()).decode("ascii")
 
 
-def read_score(
-    body: bytes, max_batch: int
-) -> tuple[Tensor, list[str], list[dict[str, Any]] | None]:
+def read_score(body: bytes, max_batch: int) -> tuple[Tensor, list[str], Metadata]:
     """The images, prompts and metadata of a request to score.
 
     Returns:
@@ -88,7 +88,7 @@ def read_score(
     return _decoded(images), prompts, metadata
 
 
-def read_check(body: bytes) -> tuple[list[str], list[dict[str, Any]] | None]:
+def read_check(body: bytes) -> tuple[list[str], Metadata]:
     """The prompts and metadata, as many or None, of a request to check them."""
     request = _object(body)
     prompts: Any = request.get("prompts")
@@ -109,9 +109,7 @@ def _object(body: bytes) -> dict[str, Any]:
     return request
 
 
-def _described(
-    request: dict[str, Any], count: int
-) -> tuple[list[str], list[dict[str, Any]] | None]:
+def _described(request: dict[str, Any], count: int) -> tuple[list[str], Metadata]:
     prompts: Any = request.get("prompts")
     metadata: Any = request.get("metadata")
     if not _is_list_of(prompts, str, count):

@@ -39,6 +39,10 @@ BUILT_IN = {
 REMOTE = "treegrpo.rewards.remote:Remote"  # any http:// or https:// address
 
 
+Metadata = list[dict[str, Any]] | None
+"""One dict per prompt, from the prompts' file."""
+
+
 class Reward(Protocol):
     """Scores images: higher is better, on any scale.
 
@@ -54,7 +58,7 @@ class Reward(Protocol):
     """
 
     def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None, /
+        self, images: Tensor, prompts: list[str], metadata: Metadata, /
     ) -> Tensor | NDArray[Any] | list[float]:
         """One finite number per image, whose gradient is not used."""
 

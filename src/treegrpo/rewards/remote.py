@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from treegrpo.errors import UserError
 from treegrpo.rewards.http import Endpoint, ServerError, check_number
 from treegrpo.rewards.protocol import VERSION, to_pixels, to_png
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,9 +61,7 @@ class Remote:
             concurrency=concurrency,
         )
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> list[float]:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> list[float]:
         """Scores [N] of images, float [N, 3, H, W] in [0, 1].
 
         Raises:
@@ -88,7 +87,7 @@ class Remote:
         parts = self._endpoint.map(ask, range(0, len(pixels), self._batch_size))
         return [score for part in parts for score in part]
 
-    def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
+    def check(self, prompts: list[str], metadata: Metadata) -> None:
         """Wait for the server, and make sure that it takes the token and can score all prompts.
 
         Raises:

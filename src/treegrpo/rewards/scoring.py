@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError
 from treegrpo.images import evenly_spaced, to_uint8
-from treegrpo.rewards.registry import Reward
+from treegrpo.rewards.registry import Metadata, Reward
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,7 +63,7 @@ def score(
     reward: Reward,
     images: Tensor,
     prompts: list[str],
-    metadata: list[dict[str, Any]] | None,
+    metadata: Metadata,
     keep_folder: Path | None,
     frames: int = 1,
 ) -> Tensor:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from treegrpo.errors import UserError
 from treegrpo.rewards.http import Endpoint, ServerError, check_number
 from treegrpo.rewards.protocol import to_pixels, to_png
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,9 +131,7 @@ class VLMJudge:
             concurrency=concurrency,
         )
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> list[float]:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> list[float]:
         """Scores in [0, 1] of images, float [N, 3, H, W] in [0, 1]; metadata is not used.
 
         Raises:
@@ -141,7 +140,7 @@ class VLMJudge:
         pairs = zip(to_pixels(images), prompts, strict=True)
         return self._endpoint.map(lambda pair: self._judge_or_fall_back(*pair), pairs)
 
-    def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
+    def check(self, prompts: list[str], metadata: Metadata) -> None:
         """Judge one gray picture: a wrong address, key or model shows before any sampling."""
         import numpy as np
 
