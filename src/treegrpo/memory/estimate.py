@@ -144,38 +144,36 @@ def estimate(
     for plan in plans:  # refuses a step without a density
         method.transitions(levels, plan)
     run = _Run(config, method, measured, skeleton, plans, processes)
-    network, adapters = skeleton.policy.network, skeleton.adapters
+    policy, adapters = skeleton.policy, skeleton.adapters
     return Estimate(
         planned_device(config.model).type,
-        sum(p.numel() for p in network.parameters()) - sum(p.numel() for p in adapters),
+        sum(p.numel() for p in policy.network.parameters()) - sum(p.numel() for p in adapters),
         sum(p.numel() for p in skeleton.trained),
-        sum(p.numel() for p in skeleton.policy.vae.parameters()),
+        sum(p.numel() for p in policy.vae.parameters()),
         sum(p.numel() for encoder in skeleton.encoders.values() for p in encoder.parameters()),
-        skeleton.is_guided,
+        policy.is_guided,
         run.phases(),
     )
 
 
+@dataclass
 class _Run:
     """One process of a run, for `estimate`: a method per phase."""
 
-    def __init__(
-        self,
-        config: Config,
-        method: Method,
-        measured: Measurements,
-        skeleton: Skeleton,
-        plans: Sequence[RolloutPlan],
-        processes: int,
-    ) -> None:
-        self.config, self.method = config, method
-        self.measured, self.skeleton = measured, skeleton
-        self.plans, self.processes = plans, processes
-        self.prompts = prompts = config.rollout.prompts_per_iteration // processes
+    config: Config
+    method: Method
+    measured: Measurements
+    skeleton: Skeleton
+    plans: Sequence[RolloutPlan]
+    processes: int
+
+    def __post_init__(self) -> None:
+        config, method = self.config, self.method
+        self.prompts = prompts = config.rollout.prompts_per_iteration // self.processes
         self.batch = min(config.rollout.prompts_per_batch or prompts, prompts)
-        self.states = [count_states(plan, keep_means=method.keep_means) for plan in plans]
+        self.states = [count_states(plan, keep_means=method.keep_means) for plan in self.plans]
         self.on_cpu = planned_device(config.model).type == "cpu"
-        self.trained = total_bytes(skeleton.trained)
+        self.trained = total_bytes(self.skeleton.trained)
         self.has_copy = method.needs_reference and not config.model.lora_rank
 
     def phases(self) -> tuple[Phase, ...]:
@@ -225,9 +223,8 @@ class _Run:
 
     @property
     def _always_on_host(self) -> dict[str, int]:
-        if not (self.has_copy and self.method.reference_on_cpu):
-            return {}
-        return {"reference": self._always["network"]}
+        waits = self.has_copy and self.method.reference_on_cpu
+        return {"reference": self._always["network"]} if waits else {}
 
     @cached_property
     def _encoders(self) -> int:
@@ -238,8 +235,7 @@ class _Run:
 
     def _kept(self, states: StateCounts) -> int:
         """Bytes of the forest that the update needs."""
-        batches = math.ceil(self.prompts / self.batch)
-        per_prompt = states.kept if batches == 1 else states.copied
+        per_prompt = states.kept if self.batch == self.prompts else states.copied
         return per_prompt * self.prompts * self.skeleton.state_bytes
 
     def _stored(self, part: str, size: int) -> tuple[dict[str, int], dict[str, int]]:

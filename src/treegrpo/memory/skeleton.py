@@ -42,11 +42,7 @@ _TRANSITION = Transition(clean_weight=0.5, noise_weight=0.5, std=1.0)  # any, wi
 
 
 class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages made inside that are alive, now and at most; real tensors or fake ones.
-
-    Attributes:
-        live, peak: bytes.
-    """
+    """Bytes of the storages made inside that are alive, now and at most; real or fake tensors."""
 
     def __init__(self, longest_prompt: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -154,11 +150,7 @@ class Decoding:
 
 
 class Skeleton:
-    """A checkpoint's network and decoder without weights, whose calls tell their peak bytes.
-
-    Attributes:
-        policy: opened for these settings; its network and decoder hold fake tensors.
-    """
+    """A policy whose network and decoder hold fake tensors, and tell their calls' peak bytes."""
 
     def __init__(self, model: ModelConfig, steps: int) -> None:
         """Opens the checkpoint as training does."""
@@ -177,17 +169,10 @@ class Skeleton:
         for module in (policy.network, policy.vae):
             _make_fake(module, self._mode)
 
-    @property
-    def is_guided(self) -> bool:
-        """Whether a forward takes two rows of the network, with the prompt and without."""
-        policy = self.policy
-        return policy.sampling.guidance_scale > 1 and not policy.guidance_is_embedded
-
     @cached_property
     def adapters(self) -> tuple[Tensor, ...]:
         """Those of LoRA."""
-        named = self.policy.network.named_parameters()
-        return tuple(p for name, p in named if ".lora_" in name)
+        return tuple(p for n, p in self.policy.network.named_parameters() if ".lora_" in n)
 
     @cached_property
     def trained(self) -> tuple[Tensor, ...]:

@@ -80,10 +80,7 @@ def has_lora(policy: Policy) -> bool:
 
 
 def lora_weights(policy: Policy) -> dict[str, Any]:
-    """The adapters' weights by diffusers' names, with the scale of alpha in them.
-
-    A loader takes an alpha that it is not told to be the rank.
-    """
+    """The adapters' weights by diffusers' names, times alpha / rank, which loaders take to be 1."""
     from peft.utils import get_peft_model_state_dict
 
     network: Any = policy.network

@@ -89,11 +89,7 @@ class Components:
         return result
 
     def without_weights(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """A component on the meta device, with the dtypes that `read` gives its parameters.
-
-        Raises:
-            ModelError: its library refuses the configuration.
-        """
+        """A component on the meta device, with the dtypes that `read` gives its parameters."""
         module_class: Any = self.component_class(name)
         config = dict(self.configs[name])
         is_transformers = hasattr(module_class, "config_class")

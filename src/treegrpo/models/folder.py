@@ -221,11 +221,7 @@ def _check_tokenizer(folder: Path, field: str) -> None:
 
 
 def _check_weights(path: Path, field: str) -> None:
-    """Refuse a damaged file of weights.
-
-    A safetensors file says in its header how long it must be; torch's is a whole zip archive, or an
-    older pickle.
-    """
+    """Refuse a damaged file: safetensors' header says its length, torch's is a zip or a pickle."""
     if path.suffix != ".safetensors":
         with path.open("rb") as file:
             start = file.read(4)

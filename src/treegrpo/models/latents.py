@@ -5,7 +5,7 @@ Left out: what one family alone does, which stands in its file.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -28,15 +28,27 @@ JOINT_ATTENTION = (
 )
 
 
-def pixels_per_latent(configs: Configs, levels: str = "block_out_channels") -> int:
-    """Pixels per latent, in each direction: each level of the decoder but one doubles them."""
-    return int(2 ** (len(configs["vae"][levels]) - 1))
+class ImageLatents(Policy):
+    """A model whose network takes an image's latents as they are."""
 
+    @classmethod
+    def default_size(cls, configs: Configs) -> tuple[int, int]:
+        """The network's `sample_size`, one number or two."""
+        size, scale = configs[cls.network_name]["sample_size"], cls.pixels_per_latent(configs)
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * scale, width * scale
 
-def image_shape(network: Mapping[str, Any], sampling: Sampling, scale: int) -> tuple[int, ...]:
-    """Channels, height and width of an image's latents, with `scale` pixels a side to each."""
-    height, width = sampling.size
-    return network["in_channels"], height // scale, width // scale
+    @classmethod
+    def size_multiple(cls, configs: Configs) -> int:
+        """A patch of latents in pixels."""
+        return int(cls.pixels_per_latent(configs) * configs[cls.network_name]["patch_size"])
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Channels, height, width."""
+        height, width = self.sampling.size
+        scale = self.pixels_per_latent(self.configs)
+        return self.configs[self.network_name]["in_channels"], height // scale, width // scale
 
 
 def size_in_tokens(sampling: Sampling, multiple: int) -> tuple[int, int]:
@@ -99,11 +111,6 @@ class PackedFlow(Policy):
 
     longest_prompt: ClassVar[int]
     """In tokens: the pipeline's own limit, which no configuration holds."""
-
-    @classmethod
-    def pixels_per_latent(cls, configs: Configs) -> int:
-        """In each direction."""
-        return pixels_per_latent(configs)
 
     @classmethod
     def default_size(cls, configs: Configs) -> tuple[int, int]:

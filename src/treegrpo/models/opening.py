@@ -76,10 +76,8 @@ def open_policy(
     folder = Path(resolve(model.path))
     stored = _stored_sampling(folder / SAMPLING_FILE)
     lora_folder = folder if (folder / LORA_FILE).is_file() else None
-    base = str(folder)
-    if lora_folder is not None:
-        base = resolve(stored.get("base_model") or model.path)
-    source = _local_folder(base, weights)
+    base = stored.get("base_model") if lora_folder else None
+    source = _local_folder(resolve(base or model.path), weights)
     check_checkpoint(source, weights=weights)
     checkpoint = Components.of(source, lora_folder)
     module, _, name = FAMILIES[check_family(str(source), checkpoint.index)].partition(":")
@@ -89,7 +87,8 @@ def open_policy(
     sampling = Sampling(
         **{**asdict(family.default_sampling(checkpoint.configs)), **stored, **changes}
     )
-    dtype, cache = getattr(torch, model.dtype), _cache(model.embedding_cache)
+    cache = None if model.embedding_cache is None else cache_folder(model.embedding_cache)
+    dtype = getattr(torch, model.dtype)
     policy = family(checkpoint, sampling, device=device, dtype=dtype, cache=cache)
     if model.lora_targets:
         check_lora_targets(policy, model.lora_targets)
@@ -154,13 +153,6 @@ def _stored_sampling(file: Path) -> dict[str, Any]:
             f"{wrong['msg']}"
         ) from None
     return stored
-
-
-def _cache(setting: str | None) -> Path | None:
-    """The folder that `model.embedding_cache` means."""
-    if setting is None:
-        return None
-    return cache_folder() if setting == "auto" else Path(setting)
 
 
 def _local_folder(source: str, weights: bool) -> Path:

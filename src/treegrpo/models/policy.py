@@ -3,7 +3,7 @@
 `Policy` holds what every text-to-image model needs: guidance, precision, decoding in batches. A
 family file (`sd3.py`) subclasses it and says only what differs; docs/families.md is the guide.
 
-Left out: `opening.py`, text encoders (`text.py`), LoRA (`adapters.py`), `switches.py`, `export.py`.
+Left out: loading (`opening.py`), text encoders (`text.py`), LoRA (`adapters.py`), `export.py`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,6 @@ class Policy(ABC):
 
     Attributes:
         network: the model that is trained; the trainer may replace it by a wrapped one.
-        vae: its decoder.
         scheduler: the checkpoint's own, for its noise levels.
         sampling: complete: the family's defaults, the checkpoint's values, the caller's.
         text: the text encoders and the embeddings that they gave.
@@ -102,6 +101,11 @@ class Policy(ABC):
     def default_sampling(cls, configs: Configs) -> Sampling:
         """How this checkpoint is sampled where neither it nor the caller says."""
         return cls.defaults
+
+    @classmethod
+    def pixels_per_latent(cls, configs: Configs) -> int:
+        """In each direction: each level of the decoder but one doubles them."""
+        return int(2 ** (len(configs["vae"]["block_out_channels"]) - 1))
 
     @classmethod
     @abstractmethod
@@ -145,8 +149,7 @@ class Policy(ABC):
     ) -> Mapping[str, Tensor | list[Tensor]]:
         """Conditioning by name, by the `encode_prompt` of a pipeline of text encoders alone.
 
-        A row per prompt, of which there are at most `text.PROMPTS_PER_ENCODING`; rows may differ in
-        their first dimension.
+        A row for each of at most `PROMPTS_PER_ENCODING` prompts, perhaps of several lengths.
         """
 
     @abstractmethod
@@ -170,11 +173,7 @@ class Policy(ABC):
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Finished latents [rows, *latent_shape] to pixels in about [-1, 1].
-
-        Returns:
-            Images [rows, 3, height, width], or videos [rows, frames, 3, height, width].
-        """
+        """Finished latents to pixels in about [-1, 1], of the shapes that `decode` says."""
 
     def guide(self, given: Tensor, without: Tensor) -> Tensor:
         """Classifier-free guidance from the predictions with the prompt and without it."""
@@ -182,20 +181,21 @@ class Policy(ABC):
 
     def call_settings(self) -> dict[str, Any]:
         """What the diffusers pipeline's `__call__` is given to sample in the same way."""
-        sampling = self.sampling
-        settings: dict[str, Any] = {
-            "num_inference_steps": sampling.steps,
-            "guidance_scale": sampling.guidance_scale,
-            "height": sampling.height,
-            "width": sampling.width,
+        settings = {
+            "num_inference_steps": self.sampling.steps,
+            "guidance_scale": self.sampling.guidance_scale,
+            "height": self.sampling.height,
+            "width": self.sampling.width,
+            "negative_prompt": self.sampling.negative_prompt or None,
+            "num_frames": self.sampling.frames,
+            "max_sequence_length": self.sampling.max_sequence_length,
         }
-        if sampling.negative_prompt:
-            settings["negative_prompt"] = sampling.negative_prompt
-        if sampling.frames is not None:
-            settings["num_frames"] = sampling.frames
-        if sampling.max_sequence_length is not None:
-            settings["max_sequence_length"] = sampling.max_sequence_length
-        return settings
+        return {name: value for name, value in settings.items() if value is not None}
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a forward takes two rows of the network, with the prompt and without."""
+        return self.sampling.guidance_scale > 1 and not self.guidance_is_embedded
 
     def negative(self) -> Conditioning:
         """The conditioning that guidance leads away from: one row."""
@@ -294,13 +294,10 @@ class Policy(ABC):
     ) -> Predict:
         """The model as the algorithm calls it, for these prompts; guidance happens inside.
 
-        Args:
-            conditioning: of the prompts, from `encode`.
-            network: stands in for the policy's own, such as a reference model.
+        `network` stands in for the policy's own, such as a reference model.
         """
         timesteps = self.noise_levels(steps)[1]
-        guided = self.sampling.guidance_scale > 1 and not self.guidance_is_embedded
-        negative = self.negative() if guided else None
+        negative = self.negative() if self.is_guided else None
 
         def predict(x: Tensor, step: int, prompt_index: Tensor) -> Tensor:
             chosen = {name: values[prompt_index] for name, values in conditioning.items()}

@@ -12,36 +12,24 @@ from torch import Tensor, nn
 from treegrpo.models.folder import ModelError
 from treegrpo.models.latents import (
     JOINT_ATTENTION,
+    ImageLatents,
     decode,
     flow_levels,
-    image_shape,
-    pixels_per_latent,
     shift_for,
     size_in_tokens,
     unscaled,
 )
-from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling
+from treegrpo.models.policy import Conditioning, Configs, Sampling
 from treegrpo.transition import Schedule
 
 
-class StableDiffusion3(Policy):
+class StableDiffusion3(ImageLatents):
     """`StableDiffusion3Pipeline`, with and without its T5 encoder."""
 
     pipeline_name: ClassVar = "StableDiffusion3Pipeline"
     defaults: ClassVar = Sampling(steps=28, guidance_scale=7.0, max_sequence_length=256)
     kept_layers: ClassVar = ("text_encoder", "text_encoder_2")
     lora_targets: ClassVar = JOINT_ATTENTION
-
-    @classmethod
-    def default_size(cls, configs: Configs) -> tuple[int, int]:
-        """The network's `sample_size`."""
-        size = configs["transformer"]["sample_size"] * pixels_per_latent(configs)
-        return size, size
-
-    @classmethod
-    def size_multiple(cls, configs: Configs) -> int:
-        """A patch of latents in pixels."""
-        return int(pixels_per_latent(configs) * configs["transformer"]["patch_size"])
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
@@ -54,12 +42,6 @@ class StableDiffusion3(Policy):
                     f"model.{name}: got {value}; must be at most {most}, the largest for which the "
                     "network has positions"
                 )
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Channels, height, width."""
-        scale = pixels_per_latent(self.configs)
-        return image_shape(self.configs["transformer"], self.sampling, scale)
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """Both CLIP encoders' tokens, then T5's (or zeros in their place); and pooled CLIP."""

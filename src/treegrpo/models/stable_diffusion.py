@@ -20,8 +20,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from treegrpo.models.folder import ModelError, loading
-from treegrpo.models.latents import decode, image_shape, pixels_per_latent, unscaled
-from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling
+from treegrpo.models.latents import ImageLatents, decode, unscaled
+from treegrpo.models.policy import Conditioning, Configs, Sampling
 from treegrpo.transition import Schedule, variance_preserving_schedule
 
 # Schedulers that keep their levels as cumulative alphas, and those that keep them as sigma / alpha.
@@ -36,7 +36,7 @@ _BY_SIGMAS = (
 )
 
 
-class StableDiffusion(Policy):
+class StableDiffusion(ImageLatents):
     """`StableDiffusionPipeline`: Stable Diffusion 1.x and 2.x and SD-Turbo.
 
     The safety checker is not loaded: rewards and evaluations see every image.
@@ -66,16 +66,9 @@ class StableDiffusion(Policy):
             return solver.from_config(config, **self.scheduler_changes)
 
     @classmethod
-    def default_size(cls, configs: Configs) -> tuple[int, int]:
-        """The network's `sample_size`."""
-        size, scale = configs["unet"]["sample_size"], pixels_per_latent(configs)
-        height, width = (size, size) if isinstance(size, int) else size
-        return height * scale, width * scale
-
-    @classmethod
     def size_multiple(cls, configs: Configs) -> int:
         """A latent in pixels."""
-        return pixels_per_latent(configs)
+        return cls.pixels_per_latent(configs)
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
@@ -103,11 +96,6 @@ class StableDiffusion(Policy):
                 "model.path: got a latent consistency model (its unet has time_cond_proj_dim); "
                 "must be a diffusion model, since consistency sampling has no DDIM steps"
             )
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Channels, height, width."""
-        return image_shape(self.configs["unet"], self.sampling, pixels_per_latent(self.configs))
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """CLIP's tokens, in SDXL of both encoders side by side."""

@@ -7,6 +7,7 @@ Left out: precision (`Policy.dtype`), offload and batch sizes, which belong to t
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from treegrpo.config import ModelConfig
@@ -60,11 +61,7 @@ def switch_on(policy: Policy, model: ModelConfig) -> None:
 
 def quiet_libraries() -> None:
     """Keep diffusers and transformers from mixing progress bars and advice into our own display."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
+    for library in ("transformers", "diffusers"):
+        logging = importlib.import_module(f"{library}.utils.logging")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

@@ -124,8 +124,7 @@ def load_encoders(
 ) -> Any:
     """The checkpoint's pipeline with its text encoders and tokenizers alone.
 
-    Args:
-        present: other components, into which some pipelines look for sizes.
+    `present` are other components, into which some pipelines look for sizes.
 
     Raises:
         ModelError: they cannot be loaded, or weights are missing.
@@ -166,8 +165,10 @@ def stack(rows: Sequence[Tensor]) -> Tensor:
 # --- the store ---
 
 
-def cache_folder() -> Path:
-    """`TREEGRPO_CACHE`, else `treegrpo` in the user's cache folder."""
+def cache_folder(setting: str) -> Path:
+    """What `model.embedding_cache` names: "auto" is TREEGRPO_CACHE or in the user's cache folder."""
+    if setting != "auto":
+        return Path(setting)
     if folder := os.environ.get("TREEGRPO_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "treegrpo"

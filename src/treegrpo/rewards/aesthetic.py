@@ -36,9 +36,6 @@ class Aesthetic:
         device, dtype, batch_size: those of `Placement`.
         clip_path: CLIP ViT-L/14 in transformers' format, a local folder or a hub repository; None:
             openai/clip-vit-large-patch14.
-
-    Raises:
-        UserError: an option's value is not allowed, or a checkpoint is missing or incomplete.
     """
 
     def __init__(

@@ -1,9 +1,7 @@
-"""What the rewards built on CLIP share: loading a model, preparing pictures, embedding.
+"""What the rewards built on CLIP (transformers' own) share: loading, preparing pictures, embedding.
 
-The model is transformers' CLIPModel for all of them.
-
-Left out: open_clip, which would need a torchvision built for the installed torch, and package
-indexes offer that for CUDA only; what a score is made of, which each reward's file says.
+Left out: what a score is made of, which each reward's file says; open_clip, which would need a
+torchvision built for the installed torch, and package indexes offer that for CUDA only.
 """
 
 from __future__ import annotations
@@ -51,18 +49,13 @@ def find_clip(
         # Some repositories hold nothing but the older format, which the others hold as well.
         folder = find_checkpoint(path, repository, [*CLIP_FILES, "pytorch_model*"], option)
     weights = [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*")]
-    missing = [
-        name
-        for name, is_missing in {
-            "config.json": not (folder / "config.json").is_file(),
-            "tokenizer.json (or vocab.json and merges.txt)": "tokenizer" in needs
-            and not has_tokenizer(folder),
-            "preprocessor_config.json": "image_processor" in needs
-            and not (folder / "preprocessor_config.json").is_file(),
-            "model.safetensors (or pytorch_model.bin)": not weights,
-        }.items()
-        if is_missing
-    ]
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if "tokenizer" in needs and not has_tokenizer(folder):
+        missing.append("tokenizer.json (or vocab.json and merges.txt)")
+    if "image_processor" in needs and not (folder / "preprocessor_config.json").is_file():
+        missing.append("preprocessor_config.json")
+    if not weights:
+        missing.append("model.safetensors (or pytorch_model.bin)")
     if missing:
         raise UserError(
             f"option {option}: {folder} lacks {', '.join(missing)}; fetch the checkpoint with "
@@ -75,8 +68,7 @@ def load_model(kind: Any, folder: Path | None, option: str = "path", **arguments
     """A CLIP model of class `kind`, float32, for inference; `arguments` go to `from_pretrained`.
 
     Raises:
-        UserError: the folder holds no such model. A weight that is missing counts, which
-            transformers would replace by a random one.
+        UserError: the folder holds no such model, or lacks weights, which would stay random.
     """
     import torch
 
@@ -99,11 +91,7 @@ def load_model(kind: Any, folder: Path | None, option: str = "path", **arguments
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The CLIP tokenizer in `folder`.
-
-    Raises:
-        UserError: it has none. transformers would go on with an empty vocabulary.
-    """
+    """The CLIP tokenizer in `folder`; UserError: it has none, whose vocabulary would be empty."""
     from transformers import CLIPTokenizer
 
     if not has_tokenizer(folder):
@@ -120,22 +108,6 @@ def has_tokenizer(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in alternatives)
 
 
-def _load_image_processor(folder: Path) -> Any:
-    """The resizing, cropping and normalizing that a checkpoint asks for.
-
-    Always the variant on PIL, which the checkpoints were trained and published with: torchvision's
-    resizes a little differently.
-    """
-    from transformers import CLIPImageProcessorPil
-
-    try:
-        return CLIPImageProcessorPil.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"option path: preprocessor_config.json in {folder} cannot be read ({reason(error)})"
-        ) from error
-
-
 def process_pictures(processor: Any, pictures: Tensor) -> Tensor:
     """Put pictures, uint8 [N, 3, H, W], through a PIL image processor: float32 [N, 3, h, w]."""
     from PIL import Image
@@ -147,11 +119,17 @@ def process_pictures(processor: Any, pictures: Tensor) -> Tensor:
 
 def load_clip(path: str | None, repository: str) -> tuple[Any, Callable[[Tensor], Tensor], Any]:
     """Model, preprocessing and tokenizer of a CLIP checkpoint; see `find_clip`."""
-    from transformers import CLIPModel
+    from transformers import CLIPImageProcessorPil, CLIPModel
 
     folder = find_clip(path, repository)
     tokenizer = load_tokenizer(folder)
-    processor = _load_image_processor(folder)
+    try:
+        # On PIL, as checkpoints were trained and published: torchvision resizes a bit differently.
+        processor = CLIPImageProcessorPil.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"option path: preprocessor_config.json in {folder} cannot be read ({reason(error)})"
+        ) from error
     return load_model(CLIPModel, folder), partial(process_pictures, processor), tokenizer
 
 
@@ -183,9 +161,6 @@ class Clip:
         """Cosine of the angle between each picture and its prompt: float32 [N].
 
         Images are float [N, 3, H, W] in [0, 1]; each different prompt is embedded once.
-
-        Raises:
-            ValueError: the pictures' shape does not fit, or there is not one prompt per picture.
         """
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images do not match {len(prompts)} prompts")
@@ -195,11 +170,7 @@ class Clip:
         return (pictures * texts[[different[prompt] for prompt in prompts]]).sum(1)
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Embeddings of length 1: float [N, 3, H, W] in [0, 1] to float32 [N, D].
-
-        Raises:
-            ValueError: the pictures' shape does not fit.
-        """
+        """Float [N, 3, H, W] in [0, 1] (else ValueError) to float32 [N, D], vectors of length 1."""
         import torch
 
         if images.ndim != 4 or images.shape[1] != 3:
@@ -226,16 +197,13 @@ class Clip:
         from torch.nn import functional
 
         assert self.tokenizer is not None
+        longest = self.model.config.text_config.max_position_embeddings
+        settings = {"padding": True, "truncation": True, "max_length": longest}
         embeddings = []
         with torch.no_grad():
             for start in range(0, len(prompts), self.placement.batch_size):
-                tokens = self.tokenizer(
-                    prompts[start : start + self.placement.batch_size],
-                    padding=True,
-                    truncation=True,
-                    max_length=self.model.config.text_config.max_position_embeddings,
-                    return_tensors="pt",
-                ).to(device)
+                part = prompts[start : start + self.placement.batch_size]
+                tokens = self.tokenizer(part, **settings, return_tensors="pt").to(device)
                 pooled = self.model.text_model(**tokens).pooler_output
                 embeddings.append(self.model.text_projection(pooled).float())
         return functional.normalize(torch.cat(embeddings), dim=1)

@@ -28,9 +28,6 @@ class CLIPScore:
         path: CLIP in transformers' format, a local folder or a hub repository; None:
             openai/clip-vit-large-patch14. MixGRPO uses apple/DFN5B-CLIP-ViT-H-14-378.
         device, dtype, batch_size: those of `Placement`.
-
-    Raises:
-        UserError: an option's value is not allowed, or the checkpoint is missing or incomplete.
     """
 
     def __init__(

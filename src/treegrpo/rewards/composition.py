@@ -65,12 +65,9 @@ class Detections:
 
 
 def detect(images: Tensor) -> Detections:
-    """Find the objects in pictures: float [N, 3, H, W] in [0, 1], of any size.
+    """Find the objects in pictures: float [N, 3, H, W] in [0, 1] (else ValueError), of any size.
 
     Everything that stands out from the background is an object, recognized or not, except specks.
-
-    Raises:
-        ValueError: the images are not [N, 3, H, W].
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must have the shape [N, 3, H, W], got {list(images.shape)}")

@@ -198,9 +198,7 @@ def overlap(one: Sequence[float], other: Sequence[float]) -> float:
     def area(left: float, top: float, right: float, bottom: float) -> float:
         return max(right - left + 1, 0) * max(bottom - top + 1, 0)
 
-    shared = area(
-        max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3])
-    )
+    shared = area(*map(max, one[:2], other[:2]), *map(min, one[2:], other[2:]))
     return shared / (area(*one) + area(*other) - shared)
 
 
@@ -241,9 +239,7 @@ def detector_pixels(pictures: Tensor, size: int) -> Tensor:
     y, x = torch.meshgrid(*[2 * place / (side - 1) - 1] * 2, indexing="ij")
     grid = torch.stack([x, y], dim=-1).expand(len(pictures), -1, -1, -1)
     pixels = functional.grid_sample(pixels, grid, padding_mode="reflection", align_corners=True)
-    mean, std = (
-        pixels.new_tensor(each).view(3, 1, 1) for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-    )
+    mean, std = pixels.new_tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD]).view(2, 3, 1, 1).unbind()
     return (pixels - mean) / std
 
 
@@ -253,8 +249,8 @@ class GenEval:
     Unlike the original: OWLv2 detects, not Mask2Former, with other confidences, so that its
     thresholds (0.3, and 0.9 for counting) mean nothing here; one threshold serves all. OWLv2 finds
     an object several times, so overlaps are suppressed. There are no masks: a color is judged with
-    the background inside the box, which the original paints gray. Scores are therefore not
-    comparable with published ones.
+    the background inside the box, which the original paints gray. Published scores are therefore
+    not comparable.
 
     Args:
         path: OWLv2 in transformers' format, a local folder or a hub repository; None:
@@ -269,9 +265,6 @@ class GenEval:
             union or more is the same object; 1 keeps all but identical boxes.
         classes: the names between which the detector chooses for every object; None: GenEval's 80.
             Synonyms compete with each other: leave out what your prompts do not name.
-
-    Raises:
-        UserError: an option's value is not allowed, or a checkpoint is missing or incomplete.
     """
 
     def __init__(
@@ -297,8 +290,7 @@ class GenEval:
             raise UserError(f"option classes: {classes!r} is no list of one name or more, nor null")
         self.classes = CLASSES if classes is None else tuple(classes)
         self.strict = score == "strict"
-        self.threshold = threshold
-        self.max_overlap = max_overlap
+        self.threshold, self.max_overlap = threshold, max_overlap
         self._load_detector(path)
         self._load_color_classifier(color_path)
 
@@ -372,15 +364,13 @@ class GenEval:
         from transformers.image_transforms import center_to_corners_format
 
         height, width = pictures.shape[2:]
-        self._detector.to(pictures.device)
-        size = self._detector.config.vision_config.image_size
-        pixels = detector_pixels(pictures, size)
+        detector = self._detector.to(pictures.device)
+        pixels = detector_pixels(pictures, detector.config.vision_config.image_size)
         with torch.no_grad():
-            grid, _ = self._detector.image_embedder(pixels.to(self._detector.dtype))
+            grid, _ = detector.image_embedder(pixels.to(detector.dtype))
             places = grid.flatten(1, 2)
-            queries = self._queries.to(places)
-            logits, _ = self._detector.class_predictor(places, queries)
-            boxes = self._detector.box_predictor(places, grid)
+            logits, _ = detector.class_predictor(places, self._queries.to(places))
+            boxes = detector.box_predictor(places, grid)
         score, label = logits.float().sigmoid().max(-1)
         # Relative to the square that the picture was padded to; what lies in the padding is cut.
         corners = center_to_corners_format(boxes.float()) * max(height, width)
@@ -392,12 +382,9 @@ class GenEval:
             kept = (values[index, mask].tolist() for values in (corners, score, label))
             for box, sure, kind in zip(*kept, strict=True):
                 objects.setdefault(self.classes[kind], []).append(Detection(tuple(box), sure))
-            result.append(
-                {
-                    name: suppress_overlaps(detections, self.max_overlap)
-                    for name, detections in objects.items()
-                }
-            )
+            for name, detections in objects.items():
+                objects[name] = suppress_overlaps(detections, self.max_overlap)
+            result.append(objects)
         return result
 
     def _color(

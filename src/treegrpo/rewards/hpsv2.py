@@ -56,9 +56,6 @@ class HPSv2:
             xswu/HPSv2. The tokenizer (tokenizer.json, or vocab.json and merges.txt) is taken from
             the same folder, else from the hub's laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
         device, dtype, batch_size: those of `Placement`.
-
-    Raises:
-        UserError: an option's value is not allowed, or the checkpoint is missing or incomplete.
     """
 
     def __init__(

@@ -131,11 +131,7 @@ class Endpoint:
         self._closed.set()
 
     def request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        """Send a request, with patience, and return the JSON object that answers it.
-
-        Raises:
-            ServerError: names the address and what was wrong.
-        """
+        """Send a request, with patience, and return the JSON object that answers it."""
         address = self.url + path
         content = None if body is None else json.dumps(body, allow_nan=False).encode()
         attempts = failures_500 = 0
@@ -169,10 +165,9 @@ class Endpoint:
             self._end_of_wait(answered)
 
     def _attempt(self, method: str, address: str, content: bytes | None) -> dict[str, Any] | _Fault:
-        headers = {} if content is None else {"Content-Type": "application/json"}
         what = f"{method} {address}"
         try:
-            status, received, text = self._exchange(method, address, content, headers)
+            status, received, text = self._exchange(method, address, content)
         except httpx2.RequestError as error:
             text = f"{what}: {type(error).__name__}: {self._shown(str(error))}"
             if not isinstance(error, PASSING) or _is_encryption_fault(error):
@@ -201,9 +196,10 @@ class Endpoint:
         return answer
 
     def _exchange(
-        self, method: str, address: str, content: bytes | None, headers: Mapping[str, str]
+        self, method: str, address: str, content: bytes | None
     ) -> tuple[int, Mapping[str, str], str]:
         """Status, headers and text of the answer; one that never ends is broken off."""
+        headers = {} if content is None else {"Content-Type": "application/json"}
         deadline = time.monotonic() + self._attempt_seconds
         received = bytearray()
         with self._client.stream(method, address, content=content, headers=headers) as response:
@@ -211,9 +207,8 @@ class Endpoint:
                 received += part
                 self._check_open()
                 if len(received) > MAX_ANSWER_BYTES:
-                    raise ServerError(
-                        f"{method} {address} answered more than {MAX_ANSWER_BYTES:,} bytes"
-                    )
+                    most = f"{MAX_ANSWER_BYTES:,} bytes"
+                    raise ServerError(f"{method} {address} answered more than {most}")
                 if time.monotonic() > deadline:
                     raise ServerError(
                         f"{method} {address} was still answering after "

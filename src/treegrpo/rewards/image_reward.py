@@ -2,9 +2,8 @@
 
 A vision transformer reads the picture, a BERT that attends to it reads the prompt, and a small
 head turns the prompt's first token into a score, which is about standard normal on the pictures
-that the authors had rated. The networks are transformers' BLIP classes with the names of the
-original checkpoint (https://huggingface.co/THUDM/ImageReward, `ImageReward.pt`), because the
-original package (https://github.com/THUDM/ImageReward) does not import with transformers 5.
+that the authors had rated. The networks are transformers' BLIP classes, because the original
+package (https://github.com/THUDM/ImageReward) does not import with transformers 5;
 `benchmarks/image_reward_parity.py` holds the scores against that package's own.
 
 Left out: the authors' ReFL, which trains through the score's gradient.
@@ -89,13 +88,8 @@ class ImageReward:
 
     Args:
         path: `ImageReward.pt`, a folder or a hub name that holds it; None is THUDM/ImageReward.
-            The tokenizer is bert-base-uncased's: `vocab.txt` or `tokenizer.json` beside
-            `ImageReward.pt`, else the hub's.
+            The tokenizer, bert-base-uncased's, is taken from beside it, else from the hub.
         device, dtype, batch_size: those of `Placement`. The head is always float32.
-
-    Raises:
-        UserError: an option is not allowed, a file is missing, or the checkpoint is not an intact
-            ImageReward-v1.0.
     """
 
     def __init__(
@@ -138,9 +132,7 @@ class ImageReward:
         with torch.no_grad():
             picture = self._network["vision"](pixels).last_hidden_state
             text = self._network["text"](
-                tokens.input_ids,
-                attention_mask=tokens.attention_mask,
-                encoder_hidden_states=picture,
+                tokens.input_ids, tokens.attention_mask, encoder_hidden_states=picture
             ).last_hidden_state
             raw: Tensor = self._network["head"](text[:, 0].float())[:, 0]
         return (raw - SCORE_MEAN) / SCORE_STD
@@ -153,9 +145,9 @@ def preprocess(images: Tensor) -> Tensor:
     """
     import torch
 
-    pixels = to_uint8(images)
-    cropped = [_resize_and_crop(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
-    batch = torch.stack([torch.from_numpy(picture) for picture in cropped]).permute(0, 3, 1, 2)
+    pictures = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+    cropped = [torch.from_numpy(_resize_and_crop(picture)) for picture in pictures]
+    batch = torch.stack(cropped).permute(0, 3, 1, 2)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (PIXEL_MEAN, PIXEL_STD))
     return (batch.float().contiguous() / 255 - mean) / std
 
@@ -178,9 +170,8 @@ def _load_tokenizer(folder: Path) -> Any:
     """BERT's tokenizer with BLIP's two tokens, from a folder or, if it has none, from the hub."""
     from transformers import BertTokenizer
 
-    advice = (
-        f"put vocab.txt of https://huggingface.co/{TOKENIZER_REPOSITORY} beside {CHECKPOINT_FILE}"
-    )
+    hub = f"https://huggingface.co/{TOKENIZER_REPOSITORY}"
+    advice = f"put vocab.txt of {hub} beside {CHECKPOINT_FILE}"
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         try:
             folder = find_checkpoint(None, TOKENIZER_REPOSITORY, TOKENIZER_FILES)
@@ -221,17 +212,14 @@ def _load_network(file: Path) -> Any:
             if name in weights and weights[name].shape != value.shape
         ],
     }
-    if any(faults.values()):
-        told = [
-            f"{len(names)} {fault}, such as {names[0]}" for fault, names in faults.items() if names
-        ]
+    told = [f"{len(names)} {fault}, such as {names[0]}" for fault, names in faults.items() if names]
+    if told:
         raise UserError(
             f"option path: {file} is not the checkpoint of ImageReward-v1.0; of its "
             f"{len(expected)} weights {'; '.join(told)}"
         )
-    network.load_state_dict(
-        {name: weights[original_name(name)] for name in network.state_dict()}, assign=True
-    )
+    renamed = {name: weights[original_name(name)] for name in network.state_dict()}
+    network.load_state_dict(renamed, assign=True)
     return network.float().eval().requires_grad_(False)
 
 

@@ -1,7 +1,6 @@
 """Whether the text that a prompt asks for can be read in the picture.
 
-As Flow-GRPO's OCR reward (arXiv 2505.05470), with RapidOCR, whose package carries its models. Needs
-`pip install 'treegrpo[ocr]'`.
+As Flow-GRPO's OCR reward (arXiv 2505.05470), with RapidOCR (`pip install 'treegrpo[ocr]'`).
 
 Left out: PaddleOCR, which is the original's reader, and text that stands on its head.
 """

@@ -27,9 +27,6 @@ class PickScore:
         path: PickScore in transformers' format with its tokenizer, a local folder or a hub
             repository; None: yuvalkirstain/PickScore_v1.
         device, dtype, batch_size: those of `Placement`.
-
-    Raises:
-        UserError: an option's value is not allowed, or the checkpoint is missing or incomplete.
     """
 
     def __init__(

@@ -141,21 +141,15 @@ def _decoded(images: list[Any]) -> Tensor:
             width, height = picture.size
             # The size is known before anything is decompressed.
             if len(images) * width * height > MAX_PIXELS:
-                raise Refusal(
-                    413,
-                    f"{field}: is {width}x{height}; {len(images)} such images have more than "
-                    f"{MAX_PIXELS} pixels",
-                )
+                what = f"{len(images)} such images have more than {MAX_PIXELS} pixels"
+                raise Refusal(413, f"{field}: is {width}x{height}; {what}")
             if picture.mode != "RGB":
                 raise Refusal(400, f"{field}: has the mode {picture.mode}; must be RGB")
             if pixels is None:
                 pixels = np.empty((len(images), height, width, 3), np.uint8)
             if (height, width) != pixels.shape[1:3]:
-                raise Refusal(
-                    400,
-                    f"{field}: is {width}x{height}; must be {pixels.shape[2]}x{pixels.shape[1]}, "
-                    "as the first",
-                )
+                first = f"{pixels.shape[2]}x{pixels.shape[1]}"
+                raise Refusal(400, f"{field}: is {width}x{height}; must be {first}, as the first")
             pixels[number] = np.asarray(picture)
         except Image.DecompressionBombError as error:
             raise Refusal(413, f"{field}: {error}") from error

@@ -72,8 +72,8 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
         options: keyword arguments of the class.
 
     Raises:
-        UserError: no such built-in, module or attribute, the module fails to import, or an option
-            is unknown, missing or not allowed.
+        UserError: no such built-in, module or attribute, the module fails to import, an option is
+            unknown, missing or not allowed, or a checkpoint is missing or incomplete.
     """
     target, options = _find(name, options)
     if not isinstance(target, type):

@@ -1,7 +1,6 @@
 """A reward on another machine, asked by HTTP.
 
-Left out: the protocol (`protocol.py`), patience with servers that are away (`http.py`), and the
-server (`server.py`).
+Left out: the protocol (`protocol.py`), patience (`http.py`) and the server (`server.py`).
 """
 
 from __future__ import annotations
@@ -91,8 +90,7 @@ class Remote:
         """Wait for the server, and make sure that it takes the token and can score all prompts.
 
         Raises:
-            UserError: it is not there, refuses, or speaks another version; a prompt's metadata
-                cannot be written as JSON; or its reward cannot score a prompt.
+            UserError: it is not there or refuses, or metadata cannot be written as JSON.
         """
         for prompt, described in zip(prompts, metadata or [], strict=False):
             try:

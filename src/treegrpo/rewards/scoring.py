@@ -69,13 +69,11 @@ def score(
 ) -> Tensor:
     """Ask a reward and check its answer: float32 [N] on the images' device.
 
-    A video's score is the mean over some of its frames, each scored as an image.
-
     Args:
         name: the reward's name in error messages.
         images: from `as_pictures`, [N, 3, H, W], or videos [N, all frames, 3, H, W].
         keep_folder: where the images and prompts of a failed batch are saved, if anywhere.
-        frames: of a video, evenly spaced, that are asked about.
+        frames: of a video, evenly spaced, each scored as an image; their mean is its score.
 
     Raises:
         RewardError: the reward raised, or did not return N finite numbers. The message says which
@@ -162,12 +160,9 @@ def _keep(name: str, images: Tensor, prompts: list[str], folder: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         for number in itertools.count():
             path = folder / f"{stem}-{number}.npz"
-            try:
-                with path.open("xb") as file:
-                    np.savez_compressed(file, images=pixels.cpu().numpy(), prompts=prompts)
+            with suppress(FileExistsError), path.open("xb") as file:
+                np.savez_compressed(file, images=pixels.cpu().numpy(), prompts=prompts)
                 break
-            except FileExistsError:
-                continue
     except OSError as error:
         return f"could not be saved ({error})"
     return f"and prompts are in {path}"

@@ -2,8 +2,7 @@
 
 One process, one model, one batch at a time. Needs `pip install 'treegrpo[serve]'`.
 
-Left out: what requests hold (`protocol.py`), TLS (put a proxy in front), several models (start
-several servers).
+Left out: what requests hold (`protocol.py`), TLS (a proxy's), several models (several servers').
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ class RewardServer(uvicorn.Server):
     Args:
         listener: a bound socket.
         reward: is called by one thread at a time.
-        token: what clients must send as `Authorization: Bearer`, or None.
+        token: what clients must send as `Authorization: Bearer`.
         max_batch: most images of one request.
         device: where the reward gets its images.
     """
@@ -101,8 +100,8 @@ class RewardServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop once the batch that is being scored is answered; the second signal ends it at once.
 
-        uvicorn's own waits without end, whatever the second signal, and ends the process by the
-        first one in the end, as if nothing had been finished.
+        uvicorn's own waits without end, whatever the second signal, and then ends the process by
+        the first one, as if nothing had been finished.
         """
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -175,11 +174,8 @@ class RewardServer(uvicorn.Server):
         if not hmac.compare_digest(given, expected):
             return Refusal(401, "the token is missing or wrong")
         if int(length) > MAX_BODY_BYTES:
-            return Refusal(
-                413,
-                f"the request has {length} bytes; must be at most {MAX_BODY_BYTES} (send fewer "
-                "images at once)",
-            )
+            most = f"{MAX_BODY_BYTES} (send fewer images at once)"
+            return Refusal(413, f"the request has {length} bytes; must be at most {most}")
         return None
 
     async def _health(self, request: Request, body: bytes) -> dict[str, Any]:
@@ -232,11 +228,10 @@ def serve(
     It prints its address when it is ready, and a line per request. Call it in the main thread.
 
     Args:
-        reward_name, options: of a reward, as in a configuration.
+        options: of the reward, as in a configuration.
         host: the address to listen on; "0.0.0.0" lets other machines in.
         port: 0 lets the system choose.
         token_env: the environment variable with the token that clients must send.
-        max_batch: most images of one request.
         device: where the reward gets its images; "auto" is the accelerator, if there is one.
 
     Raises:
