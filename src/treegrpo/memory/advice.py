@@ -105,28 +105,23 @@ _HELPS = {
 
 def _remedies(config: Config, processes: int) -> dict[str, list[Any]]:
     """Setting to its values, the mildest first, in the order in which they are tried."""
-    model, settings = config.model, config.rollout
-    prompts = config.rollout.prompts_per_iteration // processes
+    model, settings, method = config.model, config.rollout, method_of(config)
+    prompts = settings.prompts_per_iteration // processes
+    has_own_memory = planned_device(model).type != "cpu"
+    can_wait = "reference_on_cpu" in method.objective_settings.model_fields
+    is_here = has_own_memory and method.needs_reference and can_wait and not method.reference_on_cpu
     remedies: dict[str, list[Any]] = {
         "model.gradient_checkpointing": [] if model.gradient_checkpointing else [True],
         "train.micro_batch": _halves(config.train.micro_batch),
         "rollout.max_batch": _halves(settings.max_batch),
         "rollout.decode_batch": _halves(settings.decode_batch or settings.max_batch),
         "rollout.prompts_per_batch": _halves(min(settings.prompts_per_batch or prompts, prompts)),
+        "rollout.offload": [True] if has_own_memory and not settings.offload else [],
+        "model.dtype": [] if model.dtype == "bfloat16" else ["bfloat16"],
+        "model.lora_rank": [] if model.lora_rank else [_LORA_RANK],
+        "model.vae_tiling": [] if model.vae_tiling else [True],
+        "objective.reference_on_cpu": [True] if is_here else [],
     }
-    has_own_memory = planned_device(model).type != "cpu"
-    if has_own_memory and not settings.offload:
-        remedies["rollout.offload"] = [True]
-    if model.dtype != "bfloat16":
-        remedies["model.dtype"] = ["bfloat16"]
-    if not model.lora_rank:
-        remedies["model.lora_rank"] = [_LORA_RANK]
-    if not model.vae_tiling:
-        remedies["model.vae_tiling"] = [True]
-    method = method_of(config)
-    can_wait = "reference_on_cpu" in method.objective_settings.model_fields
-    if has_own_memory and method.needs_reference and can_wait and not method.reference_on_cpu:
-        remedies["objective.reference_on_cpu"] = [True]
     return {key: values for key, values in remedies.items() if values}
 
 

@@ -128,9 +128,7 @@ def estimate(
 ) -> Estimate:
     """The memory that a run takes, by phase and part, once its optimizer has moments.
 
-    Args:
-        processes: of data-parallel training.
-        measurements: of an earlier estimate, to measure nothing twice; its steps must be the same.
+    `measurements` of an earlier estimate with as many steps spare measuring twice.
 
     Raises:
         ModelError: what `open_policy` refuses.
@@ -186,10 +184,7 @@ class _Run:
     def _phase(
         self, name: str, moments: Iterable[tuple[Parts, Parts]], *, always: bool = True
     ) -> Phase:
-        """The fullest of moments: what they add to, or replace of, the parts that are there always.
-
-        Each has parts on the device and parts in the CPU's memory.
-        """
+        """The fullest of moments, whose parts come to, or replace, those that are there always."""
         phases = []
         for device, host in moments:
             if always:

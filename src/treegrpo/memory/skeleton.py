@@ -220,10 +220,8 @@ class Skeleton:
     def update(self, rows: int, siblings: int, *, accumulate: bool, method: Method) -> int:
         """Peak bytes of an update's micro-batch, its gradients included.
 
-        Args:
-            rows: nodes of a micro-batch, or samples where the plan has no edges.
-            siblings: children of each; 0 where there are no edges.
-            accumulate: whether gradients of an earlier micro-batch are there already.
+        `rows` nodes have so many children (`siblings`) each, or are samples where it is 0; to
+        `accumulate`, gradients of an earlier micro-batch are there already.
         """
         policy = self.policy
         predict = policy.predictor(policy.encode([""]), self._steps)
@@ -248,10 +246,7 @@ class Skeleton:
         return count.peak + (total_bytes(self.trained) if accumulate else 0)
 
     def decode(self, rows: int, frames: int, *, again: bool) -> Decoding:
-        """Peak bytes of decoding `rows` latents at once, with `again` as many after them.
-
-        So many frames of a video are kept.
-        """
+        """Peak bytes of decoding `rows` latents at once; with `again` as many follow."""
         with self._mode:
             latents = torch.empty(2 * rows if again else rows, *self.policy.latent_shape)
             with self._counting() as count:

@@ -37,14 +37,11 @@ def export(policy: Policy, folder: Path, base_model: str) -> None:
 
 def export_bytes(policy: Policy) -> int:
     """About what `export` writes: weights and the checkpoint's other files, without headers."""
-    if has_lora(policy):
-        written = [p for p in policy.network.parameters() if p.requires_grad]
-        copied: list[Path] = []
-    else:
-        written, copied = list(policy.network.parameters()), _copied_files(policy)
-    return sum(p.numel() * p.element_size() for p in written) + sum(
-        path.stat().st_size for path in copied
-    )
+    is_lora = has_lora(policy)
+    written = [p for p in policy.network.parameters() if p.requires_grad or not is_lora]
+    copied = [] if is_lora else _copied_files(policy)
+    weights = sum(p.numel() * p.element_size() for p in written)
+    return weights + sum(path.stat().st_size for path in copied)
 
 
 def _copied_files(policy: Policy) -> list[Path]:

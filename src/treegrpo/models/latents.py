@@ -51,12 +51,6 @@ class ImageLatents(Policy):
         return self.configs[self.network_name]["in_channels"], height // scale, width // scale
 
 
-def size_in_tokens(sampling: Sampling, multiple: int) -> tuple[int, int]:
-    """Height and width of an image in tokens, each of which covers `multiple` pixels a side."""
-    height, width = sampling.size
-    return height // multiple, width // multiple
-
-
 # --- noise levels ---
 
 
@@ -65,9 +59,8 @@ def flow_levels(
 ) -> tuple[Schedule, list[float]]:
     """A rectified flow's schedule and timesteps, as the scheduler sets them.
 
-    Args:
-        sigmas: the levels before the scheduler's own shift; None: its own spacing.
-        settings: more for `set_timesteps`, such as `mu`.
+    `sigmas` are the levels before the scheduler's own shift (None: its own spacing); `settings` go
+    to `set_timesteps`.
 
     Raises:
         ModelError: the scheduler is not a flow's.
@@ -136,7 +129,8 @@ class PackedFlow(Policy):
     @property
     def size_in_tokens(self) -> tuple[int, int]:
         """Height and width."""
-        return size_in_tokens(self.sampling, self.size_multiple(self.configs))
+        (height, width), token = self.sampling.size, self.size_multiple(self.configs)
+        return height // token, width // token
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

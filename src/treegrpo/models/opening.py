@@ -55,16 +55,13 @@ _CONFIG_FILES = ["model_index.json", "*/config.json", "scheduler/scheduler_confi
 def open_policy(
     model: ModelConfig, *, device: torch.device, steps: int | None = None, weights: bool = True
 ) -> Policy:
-    """Find a checkpoint and check it and the settings without reading weights.
+    """A policy whose checkpoint and settings are checked: all but its network and decoder.
 
     Args:
         model: its sampling settings replace the checkpoint's own; its device is not looked at.
         steps: of the schedule; None: the checkpoint's own.
         weights: whether they must be there; otherwise a hub's checkpoint is not downloaded but for
             its configurations.
-
-    Returns:
-        A policy that can encode prompts, and all but the network and the decoder.
 
     Raises:
         ModelError: the folder is missing or incomplete, its pipeline class is not supported, or a
@@ -76,8 +73,8 @@ def open_policy(
     folder = Path(resolve(model.path))
     stored = _stored_sampling(folder / SAMPLING_FILE)
     lora_folder = folder if (folder / LORA_FILE).is_file() else None
-    base = stored.get("base_model") if lora_folder else None
-    source = _local_folder(resolve(base or model.path), weights)
+    base = resolve(stored.get("base_model") or model.path) if lora_folder else str(folder)
+    source = _local_folder(base, weights)
     check_checkpoint(source, weights=weights)
     checkpoint = Components.of(source, lora_folder)
     module, _, name = FAMILIES[check_family(str(source), checkpoint.index)].partition(":")
@@ -109,8 +106,7 @@ def load_weights(
         read: gives the components; None: reads them from the checkpoint to the policy's device.
 
     Raises:
-        ModelError: the weights cannot be read, or some are missing; or adapters alone are there to
-            train.
+        ModelError: weights cannot be read or are missing, or adapters alone are there to train.
     """
     if train:
         check_trainable(model.path)

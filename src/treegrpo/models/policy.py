@@ -77,7 +77,6 @@ class Policy(ABC):
 
     Attributes:
         network: the model that is trained; the trainer may replace it by a wrapped one.
-        scheduler: the checkpoint's own, for its noise levels.
         sampling: complete: the family's defaults, the checkpoint's values, the caller's.
         text: the text encoders and the embeddings that they gave.
     """
@@ -160,15 +159,11 @@ class Policy(ABC):
     def forward(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        """One network call.
+        """One network call: what the schedule's `prediction` says, in the shape of x.
 
         Args:
-            x: float32 [rows, *latent_shape].
+            x: float32 [rows, *latent_shape], with a row of each conditioning for every row.
             timestep: float32 [rows].
-            conditioning: a row of each for every row of x.
-
-        Returns:
-            [rows, *latent_shape]: what the schedule's `prediction` says.
         """
 
     @abstractmethod
@@ -326,11 +321,8 @@ class Policy(ABC):
     def decode(self, latents: Tensor, max_batch: int, frames: int | None = None) -> Tensor:
         """Finished latents [rows, *latent_shape] to pixels in [0, 1], `max_batch` rows at once.
 
-        Args:
-            frames: keep only so many of a video's, evenly spaced: whole ones fill the memory.
-
-        Returns:
-            float32 images [rows, 3, height, width], or videos [rows, frames, 3, height, width].
+        Float32 images [rows, 3, height, width], or videos [rows, frames, 3, height, width] with so
+        many evenly spaced frames: whole videos fill the memory.
         """
         images = []
         for part in torch.split(latents, max_batch):

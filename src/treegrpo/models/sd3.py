@@ -16,7 +16,6 @@ from treegrpo.models.latents import (
     decode,
     flow_levels,
     shift_for,
-    size_in_tokens,
     unscaled,
 )
 from treegrpo.models.policy import Conditioning, Configs, Sampling
@@ -69,8 +68,8 @@ class StableDiffusion3(ImageLatents):
         """The scheduler's; with dynamic shifting they depend on the size."""
         if not self.scheduler.config.get("use_dynamic_shifting"):
             return flow_levels(self.scheduler, steps)
-        height, width = size_in_tokens(self.sampling, self.size_multiple(self.configs))
-        shift = shift_for(self.scheduler, height * width, 1.16)
+        (height, width), patch = self.sampling.size, self.size_multiple(self.configs)
+        shift = shift_for(self.scheduler, (height // patch) * (width // patch), 1.16)
         return flow_levels(self.scheduler, steps, mu=shift)
 
     def forward(

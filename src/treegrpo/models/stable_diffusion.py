@@ -2,10 +2,9 @@
 
 The checkpoint's own scheduler says which levels there are. Our states are what the network takes,
 `alpha * clean + sigma * noise` with `alpha^2 + sigma^2 = 1`, whatever form the scheduler keeps its
-own in, and the deterministic step is DDIM's with eta 0 (arXiv 2010.02502), which is also what
-Euler's and every other first-order solver's comes to. Solvers of a higher order, with which many
-checkpoints are published (PNDM, DPM-Solver++), mix several predictions into a step; of them we take
-the levels only.
+own in, and the deterministic step is DDIM's with eta 0 (arXiv 2010.02502), which is also what every
+first-order solver's (Euler's) comes to. Solvers of a higher order (PNDM, DPM-Solver++) mix several
+predictions into a step; of them we take the levels only.
 
 Left out: consistency sampling, inpainting, the refiner of SDXL and safety checkers.
 """

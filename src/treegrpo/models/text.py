@@ -125,9 +125,6 @@ def load_encoders(
     """The checkpoint's pipeline with its text encoders and tokenizers alone.
 
     `present` are other components, into which some pipelines look for sizes.
-
-    Raises:
-        ModelError: they cannot be loaded, or weights are missing.
     """
     absent = {
         name: None
@@ -166,7 +163,7 @@ def stack(rows: Sequence[Tensor]) -> Tensor:
 
 
 def cache_folder(setting: str) -> Path:
-    """What `model.embedding_cache` names: "auto" is TREEGRPO_CACHE or in the user's cache folder."""
+    """What `model.embedding_cache` names; "auto" is TREEGRPO_CACHE or the user's cache folder."""
     if setting != "auto":
         return Path(setting)
     if folder := os.environ.get("TREEGRPO_CACHE"):

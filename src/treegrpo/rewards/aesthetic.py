@@ -85,10 +85,9 @@ def _read_predictor(path: str | None) -> list[tuple[Tensor, Tensor]]:
     file = find_file(path, REPOSITORY, FILES)
     state = read_weights(file, source)
     try:
-        layers = [
+        return [
             (state[f"layers.{layer}.weight"].float(), state[f"layers.{layer}.bias"].float())
             for layer in LINEAR_LAYERS
         ]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"option path: {file} is another network than {source}") from error
-    return layers

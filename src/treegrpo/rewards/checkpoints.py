@@ -64,7 +64,6 @@ def find_checkpoint(
 
     Args:
         path: a local folder or file (then its folder), a hub repository, or None for `repository`.
-        repository: the customary hub repository, named in messages.
         files: the names or patterns of the files that the reward wants from a hub repository.
         option: the option that gave `path`, for messages.
         beside: a local folder that these files belong into, for messages.

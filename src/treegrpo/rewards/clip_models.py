@@ -153,15 +153,10 @@ class Clip:
         import torch
 
         self.model = model.to(getattr(torch, placement.dtype)).eval()
-        self.preprocess = preprocess
-        self.tokenizer = tokenizer
-        self.placement = placement
+        self.preprocess, self.tokenizer, self.placement = preprocess, tokenizer, placement
 
     def similarity(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Cosine of the angle between each picture and its prompt: float32 [N].
-
-        Images are float [N, 3, H, W] in [0, 1]; each different prompt is embedded once.
-        """
+        """Cosine of each picture, float [N, 3, H, W] in [0, 1], and its prompt: float32 [N]."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images do not match {len(prompts)} prompts")
         pictures = self.embed_images(images)

@@ -103,10 +103,9 @@ def requirements(prompt: str, metadata: Mapping[str, Any]) -> Requirements:
             f"the prompt {prompt!r} has no GenEval metadata; it needs a line such as "
             '{"prompt": "a photo of two dogs", "include": [{"class": "dog", "count": 2}]}'
         )
+    given = {key: metadata[key] for key in ("include", "exclude") if metadata.get(key) is not None}
     try:
-        parsed = Requirements.model_validate(
-            {key: metadata[key] for key in ("include", "exclude") if metadata.get(key) is not None}
-        )
+        parsed = Requirements.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])

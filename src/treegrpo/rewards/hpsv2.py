@@ -89,11 +89,7 @@ class HPSv2:
 
 
 def fit_pictures(pictures: Tensor, size: int) -> Tensor:
-    """Fit the whole of each picture into a black square and normalize it.
-
-    uint8 [N, 3, H, W] to float32 [N, 3, size, size], on the same device.
-    """
-    import torch
+    """Letterbox and normalize pictures, uint8 [N, 3, H, W]: float32 [N, 3, size, size]."""
     from torch.nn import functional
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -107,9 +103,8 @@ def fit_pictures(pictures: Tensor, size: int) -> Tensor:
         )
     top, left = (size - height) // 2, (size - width) // 2
     pixels = functional.pad(pixels, (left, size - width - left, top, size - height - top))
-    mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=pixels.device)
-    normalized: Tensor = (pixels - mean[:, None, None]) / std[:, None, None]
-    return normalized
+    mean, std = pixels.new_tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD]).view(2, 3, 1, 1).unbind()
+    return (pixels - mean) / std
 
 
 def clean(prompt: str) -> str:

@@ -182,8 +182,11 @@ class Endpoint:
             said = f"{what} answered HTTP {status}: {self._shown(_reason(answer, text))}"
             if status == 200 and isinstance(told, dict) and isinstance(told.get("code"), int):
                 status = told["code"]  # a gateway passes on what another server answered
-            if _is_passing(status):
-                return _Fault(said, status, _retry_after(received.get("Retry-After")))
+            if status in (408, 425, 429, 500) or status >= 502:
+                # The header's other form, a date, is not worth a clock's trust.
+                seconds = received.get("Retry-After", "")
+                pause = float(seconds) if re.fullmatch(r"\d{1,6}", seconds) else 0.0
+                return _Fault(said, status, pause)
             if status in (401, 403) and self._token is None:
                 said += " (token_env names the environment variable with a token)"
             if 300 <= status < 400:
@@ -324,11 +327,6 @@ def _check_header_name(option: str, name: object) -> None:
         raise UserError(f"option {option}: got the name {name!r}, which is none of a header")
 
 
-def _is_passing(status: int) -> bool:
-    """Whether another attempt may succeed: the server, or one before it, is busy or broken."""
-    return status in (408, 425, 429, 500) or status >= 502
-
-
 def _is_encryption_fault(error: BaseException | None) -> bool:
     """Whether the server's certificate is wrong, or there is no TLS at all on that port."""
     while error is not None:
@@ -346,8 +344,3 @@ def _reason(answer: object, text: str) -> str:
     if isinstance(error, dict):
         error = error.get("message")
     return error if isinstance(error, str) and error else text or "(no body)"
-
-
-def _retry_after(value: str | None) -> float:
-    """Seconds that a server asks to wait; its other form, a date, is not worth a clock's trust."""
-    return float(value) if value and re.fullmatch(r"\d{1,6}", value) else 0.0

@@ -70,10 +70,7 @@ def to_png(pixels: NDArray[np.uint8]) -> str:
 
 
 def read_score(body: bytes, max_batch: int) -> tuple[Tensor, list[str], Metadata]:
-    """The images, prompts and metadata of a request to score.
-
-    Returns:
-        Images, float32 [N, 3, H, W] in [0, 1]; N prompts; N dicts, or None.
+    """Images, float32 [N, 3, H, W] in [0, 1], prompts and metadata of a request to score.
 
     Raises:
         Refusal: names the field that is not as it must be.

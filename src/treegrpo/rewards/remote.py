@@ -61,27 +61,15 @@ class Remote:
         )
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> list[float]:
-        """Scores [N] of images, float [N, 3, H, W] in [0, 1].
-
-        Raises:
-            ServerError: no answer for too long, a refusal, or no N finite numbers.
-        """
+        """Scores [N] of images, float [N, 3, H, W] in [0, 1]."""
         pixels = to_pixels(images)
 
         def ask(start: int) -> list[float]:
             part = slice(start, start + self._batch_size)
-            asked = prompts[part]
-            answer = self._endpoint.request(
-                "POST",
-                "/score",
-                {
-                    "version": VERSION,
-                    "images": [to_png(image) for image in pixels[part]],
-                    "prompts": asked,
-                    "metadata": None if metadata is None else metadata[part],
-                },
-            )
-            return self._checked(answer, asked)
+            question = _described(prompts, metadata, part)
+            question["images"] = [to_png(image) for image in pixels[part]]
+            answer = self._endpoint.request("POST", "/score", question)
+            return self._checked(answer, prompts[part])
 
         parts = self._endpoint.map(ask, range(0, len(pixels), self._batch_size))
         return [score for part in parts for score in part]
@@ -109,11 +97,7 @@ class Remote:
             checked = range(0, len(prompts), PROMPTS_PER_CHECK) if health.get("checks") else ()
             for start in checked:
                 part = slice(start, start + PROMPTS_PER_CHECK)
-                question = {
-                    "version": VERSION,
-                    "prompts": prompts[part],
-                    "metadata": None if metadata is None else metadata[part],
-                }
+                question = _described(prompts, metadata, part)
                 problem = self._endpoint.request("POST", "/check", question).get("problem")
                 if problem is not None:
                     raise UserError(f"reward server {self._endpoint.url}: {problem}")
@@ -137,3 +121,9 @@ class Remote:
             if not abs(score) <= sys.float_info.max:  # compares NaN and huge integers, too
                 raise ServerError(f"{what} {score} for the prompt {prompt!r}: not finite")
         return scores
+
+
+def _described(prompts: list[str], metadata: Metadata, part: slice) -> dict[str, Any]:
+    """What a request says of its prompts."""
+    of_part = None if metadata is None else metadata[part]
+    return {"version": VERSION, "prompts": prompts[part], "metadata": of_part}

@@ -76,8 +76,7 @@ def score(
         frames: of a video, evenly spaced, each scored as an image; their mean is its score.
 
     Raises:
-        RewardError: the reward raised, or did not return N finite numbers. The message says which
-            reward, prompt and value, and where the images are.
+        RewardError: the reward raised or gave no N finite numbers; it says where the images are.
     """
     import torch
 

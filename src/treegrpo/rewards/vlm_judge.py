@@ -57,8 +57,7 @@ class VLMJudge:
     """Asks a vision-language model to score each image; the score is divided by `scale`.
 
     Args:
-        url: the API's base, as OpenAI clients take it: `https://api.openai.com/v1`,
-            `http://host:8000/v1`.
+        url: the API's base, as OpenAI clients take it, such as `http://host:8000/v1`.
         model: the model's name at that API.
         rubric: what is asked, with `{prompt}` where the image's prompt goes and, if wanted,
             `{scale}`. It must ask for a number.
@@ -67,8 +66,7 @@ class VLMJudge:
         fallback_score: what an image gets, from 0 to `scale`, for which there is no score: the
             judge gives none, or the API refuses the image (HTTP 400, as content filters do). None:
             the run stops.
-        temperature: of the answer; None leaves it to the API.
-        max_tokens: longest answer; None leaves it to the API.
+        temperature, max_tokens: of the answer; None leaves them to the API.
         extra_body: more fields of the request, or others for those that it has.
 
     The other options are those of `Endpoint`, with which it refuses what cannot be used.
@@ -132,11 +130,7 @@ class VLMJudge:
         )
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> list[float]:
-        """Scores in [0, 1] of images, float [N, 3, H, W] in [0, 1]; metadata is not used.
-
-        Raises:
-            ServerError: no answer for too long, a refusal, or an answer without a score.
-        """
+        """Scores in [0, 1] of images, float [N, 3, H, W] in [0, 1]; metadata is not used."""
         pairs = zip(to_pixels(images), prompts, strict=True)
         return self._endpoint.map(lambda pair: self._judge_or_fall_back(*pair), pairs)
 
