@@ -230,6 +230,22 @@ def test_a_size_that_does_not_fit_is_refused(case: Case, checkpoints: Checkpoint
         load(checkpoints[case.name], height=size)
 
 
+@pytest.mark.parametrize(("name", "longest"), [("FLUX.1 dev", 512), ("Qwen-Image", 1024)])
+def test_packed_families_have_their_pipelines_size_and_prompt_limit(
+    name: str, longest: int, checkpoints: Checkpoints
+) -> None:
+    folder, case = checkpoints[name], next(case for case in CASES if case.name == name)
+    policy, pipeline = (
+        open_policy(section(folder), device=torch.device("cpu")),
+        case.pipeline(folder),
+    )
+    size = pipeline.default_sample_size * pipeline.vae_scale_factor
+    assert policy.default_size(policy.configs) == (size, size)
+    message = rf"model\.max_sequence_length: got {longest + 1}; must be at most {longest}"
+    with pytest.raises(ModelError, match=message):
+        load(folder, max_sequence_length=longest + 1)
+
+
 @pytest.mark.parametrize("name", ["Sana", "Wan 2.1"])
 def test_a_first_step_from_almost_pure_noise_is_one_from_pure_noise(
     name: str, checkpoints: Checkpoints

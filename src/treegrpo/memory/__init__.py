@@ -1,10 +1,10 @@
-"""What a run takes of memory, without reading its weights: `estimate`; and `suggest`, which looks
-for settings that fit.
+"""What a run takes of memory, without reading its weights (`estimate`), and what fits (`suggest`).
 
 What is assumed: PyTorch's fused attention, on the GPU as on the CPU (a kernel that keeps whole
-attention matrices takes more); no `model.compile`; one process, or several by DDP. Not counted are
-the rewards' own models, what a kernel allocates inside itself, and what is there before any tensor
-(the interpreter, the libraries, a CUDA context of about half a GiB).
+attention matrices takes more); no `model.compile`; one process, or several by DDP.
+
+Left out: the rewards' own models, what a kernel allocates inside itself, and what is there before
+any tensor (the interpreter, the libraries, a CUDA context of about half a GiB).
 """
 
 from treegrpo.memory.advice import Advice, Change, suggest

@@ -1,4 +1,7 @@
-"""Settings that make a run fit into the memory at hand."""
+"""Settings that make a run fit into the memory at hand.
+
+Left out: fewer prompts, smaller images and whatever else would change the task.
+"""
 
 from __future__ import annotations
 
@@ -39,12 +42,7 @@ class Advice:
 def suggest(
     config: Config, limit: int, *, processes: int = 1, measurements: Measurements | None = None
 ) -> Advice:
-    """The mildest settings, in the order of `_remedies`, whose peak on the device is in the limit.
-
-    Args:
-        limit: bytes.
-        processes, measurements: as for `estimate`.
-    """
+    """The mildest settings, in the order of `_remedies`, whose peak is within `limit` bytes."""
     measured = measurements or Measurements(config.rollout.steps)
 
     def with_(changes: Mapping[str, Any]) -> Estimate:
@@ -86,12 +84,12 @@ def _mildest(
     most: int,
     excess: Callable[[Mapping[str, Any]], int],
 ) -> Any:
-    """The first of a remedy's values with which no more than `most` is missing, as with its last
-    (by bisection)."""
-    found = bisect.bisect_left(
-        values[:-1], True, key=lambda value: excess({**others, key: value}) <= most
-    )
-    return values[found]
+    """The first value with which no more than `most` bytes are missing, as with the last."""
+
+    def fits(value: Any) -> bool:
+        return excess({**others, key: value}) <= most
+
+    return values[bisect.bisect_left(values[:-1], True, key=fits)]
 
 
 # The phases that a remedy can help; those that are not here can help any.
@@ -107,28 +105,23 @@ _HELPS = {
 
 def _remedies(config: Config, processes: int) -> dict[str, list[Any]]:
     """Setting to its values, the mildest first, in the order in which they are tried."""
-    model, settings = config.model, config.rollout
-    prompts = config.rollout.prompts_per_iteration // processes
+    model, settings, method = config.model, config.rollout, method_of(config)
+    prompts = settings.prompts_per_iteration // processes
+    has_own_memory = planned_device(model).type != "cpu"
+    can_wait = "reference_on_cpu" in method.objective_settings.model_fields
+    is_here = has_own_memory and method.needs_reference and can_wait and not method.reference_on_cpu
     remedies: dict[str, list[Any]] = {
         "model.gradient_checkpointing": [] if model.gradient_checkpointing else [True],
         "train.micro_batch": _halves(config.train.micro_batch),
         "rollout.max_batch": _halves(settings.max_batch),
         "rollout.decode_batch": _halves(settings.decode_batch or settings.max_batch),
         "rollout.prompts_per_batch": _halves(min(settings.prompts_per_batch or prompts, prompts)),
+        "rollout.offload": [True] if has_own_memory and not settings.offload else [],
+        "model.dtype": [] if model.dtype == "bfloat16" else ["bfloat16"],
+        "model.lora_rank": [] if model.lora_rank else [_LORA_RANK],
+        "model.vae_tiling": [] if model.vae_tiling else [True],
+        "objective.reference_on_cpu": [True] if is_here else [],
     }
-    has_own_memory = planned_device(model).type != "cpu"
-    if has_own_memory and not settings.offload:
-        remedies["rollout.offload"] = [True]
-    if model.dtype != "bfloat16":
-        remedies["model.dtype"] = ["bfloat16"]
-    if not model.lora_rank:
-        remedies["model.lora_rank"] = [_LORA_RANK]
-    if not model.vae_tiling:
-        remedies["model.vae_tiling"] = [True]
-    method = method_of(config)
-    can_wait = "reference_on_cpu" in method.objective_settings.model_fields
-    if has_own_memory and method.needs_reference and can_wait and not method.reference_on_cpu:
-        remedies["objective.reference_on_cpu"] = [True]
     return {key: values for key, values in remedies.items() if values}
 
 

@@ -1,7 +1,8 @@
 """Memory of an iteration, phase by phase and part by part.
 
 Sizes that follow from the rollout plan are exact: weights, gradients, optimizer, states, images.
-Activations are what `skeleton.py` counts.
+
+Left out: activations, which `skeleton.py` counts.
 """
 
 from __future__ import annotations
@@ -43,11 +44,7 @@ class StateCounts:
 
 
 def count_states(plan: RolloutPlan, *, keep_means: bool = False) -> StateCounts:
-    """How many states `rollout` holds of a prompt.
-
-    Args:
-        keep_means: as in `rollout`.
-    """
+    """How many states `rollout` holds of a prompt."""
     widths, by_step = plan.widths, []
     kept = 0
     shared = False  # whether the frontier is kept by the level before
@@ -87,6 +84,7 @@ class Phase:
 
     @property
     def peak(self) -> int:
+        """Bytes on the device."""
         return sum(self.device.values())
 
 
@@ -100,7 +98,6 @@ class Estimate:
         trained: those of them, or of its adapters, that are trained.
         decoder, encoders: parameters of the decoder and of the text encoders.
         guided: whether a forward takes two rows of the network.
-        phases: in their order.
     """
 
     device: str
@@ -113,13 +110,16 @@ class Estimate:
 
     @property
     def fullest(self) -> Phase:
+        """That with the highest peak."""
         return max(self.phases, key=lambda phase: phase.peak)
 
     @property
     def peak(self) -> int:
+        """Of the fullest phase, in bytes."""
         return self.fullest.peak
 
     def phase(self, name: str) -> Phase:
+        """That of a name."""
         return next(phase for phase in self.phases if phase.name == name)
 
 
@@ -128,12 +128,10 @@ def estimate(
 ) -> Estimate:
     """The memory that a run takes, by phase and part, once its optimizer has moments.
 
-    Args:
-        processes: of data-parallel training.
-        measurements: of an earlier estimate, to measure nothing twice; its steps must be the same.
+    `measurements` of an earlier estimate with as many steps spare measuring twice.
 
     Raises:
-        ModelError: as `open_policy`.
+        ModelError: what `open_policy` refuses.
         PlanError: the window or the leaves do not fit, or a step has no density.
     """
     measured = measurements or Measurements(config.rollout.steps)
@@ -144,50 +142,53 @@ def estimate(
     for plan in plans:  # refuses a step without a density
         method.transitions(levels, plan)
     run = _Run(config, method, measured, skeleton, plans, processes)
-    network, adapters = skeleton.policy.network, skeleton.adapters
+    policy, adapters = skeleton.policy, skeleton.adapters
     return Estimate(
         planned_device(config.model).type,
-        sum(p.numel() for p in network.parameters()) - sum(p.numel() for p in adapters),
+        sum(p.numel() for p in policy.network.parameters()) - sum(p.numel() for p in adapters),
         sum(p.numel() for p in skeleton.trained),
-        sum(p.numel() for p in skeleton.policy.vae.parameters()),
+        sum(p.numel() for p in policy.vae.parameters()),
         sum(p.numel() for encoder in skeleton.encoders.values() for p in encoder.parameters()),
-        skeleton.is_guided,
+        policy.is_guided,
         run.phases(),
     )
 
 
+@dataclass
 class _Run:
     """One process of a run, for `estimate`: a method per phase."""
 
-    def __init__(
-        self,
-        config: Config,
-        method: Method,
-        measured: Measurements,
-        skeleton: Skeleton,
-        plans: Sequence[RolloutPlan],
-        processes: int,
-    ) -> None:
-        self.config, self.measured, self.skeleton = config, measured, skeleton
-        self.method = method
-        self.plans, self.processes = plans, processes
-        self.prompts = prompts = config.rollout.prompts_per_iteration // processes
+    config: Config
+    method: Method
+    measured: Measurements
+    skeleton: Skeleton
+    plans: Sequence[RolloutPlan]
+    processes: int
+
+    def __post_init__(self) -> None:
+        config, method = self.config, self.method
+        self.prompts = prompts = config.rollout.prompts_per_iteration // self.processes
         self.batch = min(config.rollout.prompts_per_batch or prompts, prompts)
-        self.states = [count_states(plan, keep_means=method.keep_means) for plan in plans]
+        self.states = [count_states(plan, keep_means=method.keep_means) for plan in self.plans]
         self.on_cpu = planned_device(config.model).type == "cpu"
-        self.trained = total_bytes(skeleton.trained)
+        self.trained = total_bytes(self.skeleton.trained)
         self.has_copy = method.needs_reference and not config.model.lora_rank
 
     def phases(self) -> tuple[Phase, ...]:
+        """Of an iteration, in their order."""
         phases = [self._encode(), self._evaluation(), self._rollout(), self._decode()]
         if self.method.needs_reference:
             phases.append(self._reference())
         return (*phases, self._update(), self._optimizer())
 
-    def _phase(self, name: str, moments: Iterable[tuple[Parts, Parts]]) -> Phase:
-        """The fullest of moments, each of parts on the device and in the CPU's memory."""
+    def _phase(
+        self, name: str, moments: Iterable[tuple[Parts, Parts]], *, always: bool = True
+    ) -> Phase:
+        """The fullest of moments, whose parts come to, or replace, those that are there always."""
         phases = []
         for device, host in moments:
+            if always:
+                device, host = {**self._always, **device}, {**self._always_on_host, **host}
             if self.on_cpu:
                 both = {*device, *host}
                 device, host = {p: device.get(p, 0) + host.get(p, 0) for p in both}, {}
@@ -217,9 +218,8 @@ class _Run:
 
     @property
     def _always_on_host(self) -> dict[str, int]:
-        if not (self.has_copy and self.method.reference_on_cpu):
-            return {}
-        return {"reference": self._always["network"]}
+        waits = self.has_copy and self.method.reference_on_cpu
+        return {"reference": self._always["network"]} if waits else {}
 
     @cached_property
     def _encoders(self) -> int:
@@ -230,8 +230,7 @@ class _Run:
 
     def _kept(self, states: StateCounts) -> int:
         """Bytes of the forest that the update needs."""
-        batches = math.ceil(self.prompts / self.batch)
-        per_prompt = states.kept if batches == 1 else states.copied
+        per_prompt = states.kept if self.batch == self.prompts else states.copied
         return per_prompt * self.prompts * self.skeleton.state_bytes
 
     def _stored(self, part: str, size: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -242,11 +241,9 @@ class _Run:
 
     def _encode(self) -> Phase:
         """Before the network is read, where prompts are not in the cache yet."""
-        parts = {
-            "text encoders": self._encoders,
-            "activations": self.measured.encode(self.config.model),
-        }
-        return self._phase("encode", [(parts, {})])
+        activations = self.measured.encode(self.config.model)
+        parts = {"text encoders": self._encoders, "activations": activations}
+        return self._phase("encode", [(parts, {})], always=False)
 
     def _evaluation(self) -> Phase:
         """As `evaluate`, which offloads nothing; the trained weights wait on the CPU."""
@@ -256,10 +253,8 @@ class _Run:
             share = math.ceil(self.config.evaluation.max_prompts / self.processes)
             prompts = min(prompts, share)
         rows = prompts * images
-        parts = {**self._always, "embeddings": self._embeddings(prompts)}
-        host = dict(self._always_on_host)
-        if self.config.train.ema_decay is not None:
-            host["average"] = self.trained
+        embeddings = {"embeddings": self._embeddings(prompts)}
+        host = {} if self.config.train.ema_decay is None else {"average": self.trained}
         state, earlier = self.skeleton.state_bytes, rows * self._decoder(1).image
         # The images of the prompts before stay until the next ones come.
         moments = [
@@ -268,7 +263,7 @@ class _Run:
         for decoding in self._decoding(rows):
             images = decoding["images"] + earlier
             moments.append({**decoding, "images": images, "states": 2 * rows * state})
-        return self._phase("evaluation", [({**parts, **moment}, host) for moment in moments])
+        return self._phase("evaluation", [({**embeddings, **moment}, host) for moment in moments])
 
     def _sampling(self, nodes: int, children: int) -> int:
         """Activations of a step on so many nodes."""
@@ -282,6 +277,7 @@ class _Run:
         earlier = self.prompts - self.batch
         moments = []
         for plan, states in zip(self.plans, self.states, strict=True):
+            images, images_on_host = self._images_before(plan)
             widest = self.batch * max(plan.widths[:-1])
             activations = self._sampling(widest, max(plan.branching))
             widest = min(widest, settings.max_batch)
@@ -291,13 +287,9 @@ class _Run:
                 device, host = self._stored("states", size)
                 if settings.offload:
                     device["states"] = rows * (1 + plan.branching[step]) * state
-                device |= self._always
                 device["activations"] = activations * rows // widest
                 device["embeddings"] = self._embeddings(self.batch)
-                images, images_on_host = self._images_before(plan)
-                moments.append(
-                    ({**device, **images}, {**self._always_on_host, **host, **images_on_host})
-                )
+                moments.append(({**device, **images}, {**host, **images_on_host}))
         return self._phase("rollout", moments)
 
     def _images_before(self, plan: RolloutPlan) -> tuple[dict[str, int], dict[str, int]]:
@@ -324,20 +316,16 @@ class _Run:
     def _decode(self) -> Phase:
         """Of the last batch of prompts, and the joining of the batches after it."""
         moments = []
-        several = self.batch < self.prompts
         for plan, states in zip(self.plans, self.states, strict=True):
             size = states.kept * self.prompts * self.skeleton.state_bytes
             device, host = self._stored("states", size)
-            images, images_host = self._images_before(plan)
-            parts = {**self._always, **device}
-            on_host = {**self._always_on_host, **host, **images_host}
+            images, images_on_host = self._images_before(plan)
             for decoding in self._decoding(self.batch * plan.leaves):
                 both = {**decoding, "images": decoding["images"] + images.get("images", 0)}
-                moments.append(({**parts, **both}, on_host))
-            if several:
+                moments.append(({**device, **both}, {**host, **images_on_host}))
+            if self.batch < self.prompts:
                 device, host = self._stored("states", size + self._kept(states))
-                parts = {**self._always, **device, **images}
-                moments.append((parts, {**self._always_on_host, **host, **images_host}))
+                moments.append(({**device, **images}, {**host, **images_on_host}))
         return self._phase("decode", moments)
 
     def _for_update(self, states: StateCounts) -> tuple[dict[str, int], dict[str, int]]:
@@ -345,8 +333,8 @@ class _Run:
         if self.method.needs_reference:
             size += states.nodes * self.prompts * self.skeleton.state_bytes
         device, host = self._stored("states", size)
-        embeddings = {"embeddings": self._embeddings(self.prompts)}
-        return {**self._always, **device, **embeddings}, {**self._always_on_host, **host}
+        device["embeddings"] = self._embeddings(self.prompts)
+        return device, host
 
     def _reference(self) -> Phase:
         """The reference's means; a copy that waits on the CPU comes to the device."""
@@ -360,8 +348,7 @@ class _Run:
                 self.config.model, rows=rows, children=1, again=widest > rows
             )
             if self.has_copy and not self.on_cpu:
-                device["reference"] = self._always["network"]
-                host.pop("reference", None)
+                device["reference"], host["reference"] = self._always["network"], 0
             moments.append((device, host))
         return self._phase("reference", moments)
 
@@ -375,13 +362,8 @@ class _Run:
             rows = min(settings.micro_batch, max(rows_by_step))
             batches = sum(math.ceil(rows / settings.micro_batch) for rows in rows_by_step)
             siblings = max((plan.branching[step] for step in plan.stochastic_steps), default=0)
-            peak = self.measured.update(
-                self.config.model,
-                self.method,
-                rows=rows,
-                siblings=siblings,
-                accumulate=batches > 1,
-            )
+            batch = {"rows": rows, "siblings": siblings, "accumulate": batches > 1}
+            peak = self.measured.update(self.config.model, self.method, **batch)
             device, host = self._for_update(states)
             gradients = min(self.trained, peak)
             device["activations"] = peak - gradients

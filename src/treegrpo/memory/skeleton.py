@@ -42,11 +42,7 @@ _TRANSITION = Transition(clean_weight=0.5, noise_weight=0.5, std=1.0)  # any, wi
 
 
 class PeakBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Bytes of the storages made inside that are alive, now and at most; real tensors or fake ones.
-
-    Attributes:
-        live, peak: bytes.
-    """
+    """Bytes of the storages made inside that are alive, now and at most; real or fake tensors."""
 
     def __init__(self, longest_prompt: int = 0) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -154,22 +150,10 @@ class Decoding:
 
 
 class Skeleton:
-    """A checkpoint's network and decoder without weights, whose calls tell their peak bytes.
-
-    Attributes:
-        policy: opened for these settings; its network and decoder hold fake tensors.
-    """
+    """A policy whose network and decoder hold fake tensors, and tell their calls' peak bytes."""
 
     def __init__(self, model: ModelConfig, steps: int) -> None:
-        """Opens the checkpoint as training does.
-
-        Args:
-            model: the section of the configuration.
-            steps: of the schedule.
-
-        Raises:
-            ModelError: as `open_policy`.
-        """
+        """Opens the checkpoint as training does."""
         # What kernels do is not looked at, and nothing is kept on disk.
         unseen = {"compile": False, "attention_backend": None, "embedding_cache": None}
         model = model.model_copy(update=unseen)
@@ -185,17 +169,10 @@ class Skeleton:
         for module in (policy.network, policy.vae):
             _make_fake(module, self._mode)
 
-    @property
-    def is_guided(self) -> bool:
-        """Whether a forward takes two rows of the network, with the prompt and without."""
-        policy = self.policy
-        return policy.sampling.guidance_scale > 1 and not policy.guidance_is_embedded
-
     @cached_property
     def adapters(self) -> tuple[Tensor, ...]:
         """Those of LoRA."""
-        named = self.policy.network.named_parameters()
-        return tuple(p for name, p in named if ".lora_" in name)
+        return tuple(p for n, p in self.policy.network.named_parameters() if ".lora_" in n)
 
     @cached_property
     def trained(self) -> tuple[Tensor, ...]:
@@ -225,10 +202,8 @@ class Skeleton:
     def rollout(self, rows: int, children: int, *, again: bool) -> int:
         """Peak bytes of one step of a rollout beside the states that it makes.
 
-        Args:
-            rows: nodes of a batch.
-            children: of each.
-            again: whether there are more batches, which begin before the last one's tensors leave.
+        `rows` nodes have so many children each; with `again` there are more such batches, which
+        begin before the last one's tensors leave.
         """
         policy = self.policy
         predict = policy.predictor(policy.encode([""]), self._steps)
@@ -245,11 +220,8 @@ class Skeleton:
     def update(self, rows: int, siblings: int, *, accumulate: bool, method: Method) -> int:
         """Peak bytes of an update's micro-batch, its gradients included.
 
-        Args:
-            rows: nodes of a micro-batch, or samples where the plan has no edges.
-            siblings: children of each; 0 where there are no edges.
-            accumulate: whether gradients of an earlier micro-batch are there already.
-            method: whose losses are taken.
+        `rows` nodes have so many children (`siblings`) each, or are samples where it is 0; to
+        `accumulate`, gradients of an earlier micro-batch are there already.
         """
         policy = self.policy
         predict = policy.predictor(policy.encode([""]), self._steps)
@@ -274,13 +246,7 @@ class Skeleton:
         return count.peak + (total_bytes(self.trained) if accumulate else 0)
 
     def decode(self, rows: int, frames: int, *, again: bool) -> Decoding:
-        """Peak bytes of the decoder.
-
-        Args:
-            rows: latents that are decoded at once.
-            frames: of a video, which are kept.
-            again: whether as many latents follow.
-        """
+        """Peak bytes of decoding `rows` latents at once; with `again` as many follow."""
         with self._mode:
             latents = torch.empty(2 * rows if again else rows, *self.policy.latent_shape)
             with self._counting() as count:
@@ -321,21 +287,22 @@ def _make_fake(module: nn.Module, mode: FakeTensorMode) -> None:
     The meta device itself would choose other attention kernels.
     """
     made: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in made:
+            with mode:
+                empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+        return made[id(tensor)]
+
     for part in module.modules():
         # Some models keep tensors as plain attributes.
         of_part: tuple[dict[str, Any], ...] = part._parameters, part._buffers, vars(part)
         for tensors in of_part:
             for name, tensor in tensors.items():
                 if isinstance(tensor, Tensor):
-                    if id(tensor) not in made:
-                        with mode:
-                            fake = torch.empty_strided(
-                                tensor.shape, tensor.stride(), dtype=tensor.dtype
-                            )
-                        if isinstance(tensor, nn.Parameter):
-                            fake = nn.Parameter(fake, tensor.requires_grad)
-                        made[id(tensor)] = fake
-                    tensors[name] = made[id(tensor)]
+                    tensors[name] = fake(tensor)
 
 
 def total_bytes(tensors: Iterable[Tensor]) -> int:

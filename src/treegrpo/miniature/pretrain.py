@@ -4,12 +4,13 @@
 
 Three stages: the autoencoder; the flow transformer, together with its text encoders, on pictures
 with raw captions; and the same on pictures with curated ones. The result is a Stable Diffusion 3
-pipeline in the diffusers folder format.
+pipeline.
 
 The data imitate what real text-to-image models are trained on: captions are often wrong in one
 attribute (a count, a color, a shape, swapped colors, a relation), less often after curation.
-Nothing of the reward is known here. The model learns to draw clean scenes, and to trust a caption
-only as far as the captions deserved.
+The model learns to draw clean scenes, and to trust a caption only as far as the captions deserved.
+
+Left out: the reward, of which nothing is known here.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 from diffusers.training_utils import EMAModel
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import Whitespace
@@ -64,7 +64,7 @@ SAMPLING = {
 }
 
 
-def draw_data(count: int, seed: int, caption_noise: float) -> tuple[NDArray[np.uint8], list[str]]:
+def draw_data(count: int, seed: int, caption_noise: float) -> tuple[torch.Tensor, list[str]]:
     """Pictures (uint8 [count, 3, size, size]) and their captions, some of them wrong."""
     rng = np.random.default_rng(seed)
     by_kind: dict[str, list[Composition]] = {}
@@ -75,14 +75,13 @@ def draw_data(count: int, seed: int, caption_noise: float) -> tuple[NDArray[np.u
     captions = []
     for index in range(count):
         pool = pools[rng.integers(len(pools))]
-        shown = pool[rng.integers(len(pool))]
-        told = shown
+        shown = told = pool[rng.integers(len(pool))]
         if rng.random() < caption_noise:
             wrong = corruptions(shown)
             told = wrong[rng.integers(len(wrong))]
         images[index] = np.round(render(place(shown, rng)) * 255)
         captions.append(told.prompt)
-    return images, captions
+    return torch.from_numpy(images), captions
 
 
 def build_tokenizer() -> CLIPTokenizer:
@@ -200,6 +199,7 @@ def train_autoencoder(vae: AutoencoderKL, images: torch.Tensor, steps: int) -> N
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: torch.Tensor) -> torch.Tensor:
+    """The means of the latents of pictures, uint8 [N, 3, size, size]."""
     return torch.cat(
         [vae.encode(part.float() / 127.5 - 1).latent_dist.mean for part in torch.split(images, 256)]
     )
@@ -279,11 +279,13 @@ def train_flow(
 
 
 def save(pipeline: StableDiffusion3Pipeline, out: Path) -> None:
+    """Write a checkpoint in the diffusers folder format, and how it is sampled."""
     pipeline.save_pretrained(out, safe_serialization=True)
     (out / "sampling.json").write_text(json.dumps(SAMPLING, indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
+    """The three stages, as the command line says."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--images", type=int, default=100_000, help="raw ones")
@@ -298,23 +300,19 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options: Any = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
+    batch_size, out, steps = options.batch_size, options.out, options.raw_steps
     if options.start:
         pipeline = StableDiffusion3Pipeline.from_pretrained(
             options.start, text_encoder_3=None, tokenizer_3=None
         )
     else:
         pipeline = build_pipeline()
-        pixels, captions = draw_data(options.images, options.seed, RAW_CAPTION_NOISE)
-        images = torch.from_numpy(pixels)
+        images, captions = draw_data(options.images, options.seed, RAW_CAPTION_NOISE)
         train_autoencoder(pipeline.vae, images, options.autoencoder_steps)
-        steps, batch_size = options.raw_steps, options.batch_size
-        train_flow(
-            pipeline, images, captions, steps, batch_size, 1.2e-3, steps * 3 // 2, options.out
-        )
-    pixels, captions = draw_data(options.curated_images, options.seed + 1, CURATED_CAPTION_NOISE)
-    steps, batch_size = options.curated_steps, options.batch_size
-    images = torch.from_numpy(pixels)
-    train_flow(pipeline, images, captions, steps, batch_size, 1e-3, steps, options.out)
+        train_flow(pipeline, images, captions, steps, batch_size, 1.2e-3, steps * 3 // 2, out)
+    images, captions = draw_data(options.curated_images, options.seed + 1, CURATED_CAPTION_NOISE)
+    steps = options.curated_steps
+    train_flow(pipeline, images, captions, steps, batch_size, 1e-3, steps, out)
 
 
 if __name__ == "__main__":

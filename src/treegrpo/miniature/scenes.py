@@ -1,12 +1,9 @@
 """The miniature's world: prompts about colored shapes, and scenes that show them.
 
-A `Composition` is what a prompt says (one or two phrases such as "two red circles", and perhaps a
-spatial relation); a scene is a list of `PlacedShape`; `render` draws it. Both the pre-training data
-and the verifiable reward (`treegrpo.rewards.composition`) are defined on this page's vocabulary.
+A `Composition` is what a prompt says, a scene is a list of `PlacedShape`, and `render` draws it.
+`python -m treegrpo.miniature.scenes` writes the two prompt lists that ship with the package.
 
-Run as a script to write the two prompt lists that ship with the package:
-
-    python -m treegrpo.miniature.scenes
+Left out: finding shapes in a picture (`rewards/composition.py`), captions (`pretrain.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import itertools
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,8 +31,6 @@ SHAPES = ("circle", "square", "triangle")
 COUNT_WORDS = {"a": 1, "two": 2, "three": 3, "four": 4}
 RELATIONS = ("above", "below", "left of", "right of")
 MAX_SHAPES = 4
-
-Relation = Literal["above", "below", "left of", "right of"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +55,7 @@ class Composition:
 
     @property
     def prompt(self) -> str:
+        """In the miniature's grammar, which `parse` reads."""
         return f" {self.relation or 'and'} ".join(str(phrase) for phrase in self.phrases)
 
     @property
@@ -88,11 +83,7 @@ _PROMPT = re.compile(
 
 
 def parse(prompt: str) -> Composition:
-    """Read a prompt of the miniature's grammar.
-
-    Raises:
-        ValueError: the prompt is not of the grammar; the message names it and shows the form.
-    """
+    """Read a prompt of the miniature's grammar, or raise a ValueError that shows the form."""
     match = _PROMPT.match(prompt.strip().lower())
     composition = None
     if match:
@@ -209,47 +200,33 @@ def render(scene: list[PlacedShape], supersample: int = 4) -> NDArray[np.float32
 
 
 def corruptions(composition: Composition) -> list[Composition]:
-    """Every composition that differs from this one in exactly one attribute of one phrase (its
-    count, color or shape) or in its relation. A swap of two phrases' colors or shapes counts as
-    one too, since it is how binding goes wrong."""
+    """Every composition that differs in one count, color or shape, or in the relation.
+
+    A swap of two phrases' colors or shapes counts as one too, since it is how binding goes wrong.
+    """
+    phrases, relation = composition.phrases, composition.relation
     variants: list[Composition] = []
-    phrases = composition.phrases
     for index, phrase in enumerate(phrases):
-        changed = [replace(phrase, color=color) for color in COLORS if color != phrase.color]
-        changed += [replace(phrase, shape=shape) for shape in SHAPES if shape != phrase.shape]
-        if composition.relation is None:
-            others = sum(other.count for other in phrases) - phrase.count
-            limit = MAX_SHAPES - others
-            changed += [
-                replace(phrase, count=count)
-                for count in range(1, limit + 1)
-                if count != phrase.count
-            ]
-        for new in changed:
-            new_phrases = (*phrases[:index], new, *phrases[index + 1 :])
-            variants.append(Composition(new_phrases, composition.relation))
+        changed = [replace(phrase, color=color) for color in COLORS]
+        changed += [replace(phrase, shape=shape) for shape in SHAPES]
+        if relation is None:
+            most = MAX_SHAPES - sum(other.count for other in phrases) + phrase.count
+            changed += [replace(phrase, count=count) for count in range(1, most + 1)]
+        before, after = phrases[:index], phrases[index + 1 :]
+        variants += [Composition((*before, new, *after), relation) for new in changed]
     if len(phrases) == 2:
         first, second = phrases
         for name in ("color", "shape"):
-            if getattr(first, name) != getattr(second, name):
-                swapped = (
-                    replace(first, **{name: getattr(second, name)}),
-                    replace(second, **{name: getattr(first, name)}),
-                )
-                variants.append(Composition(swapped, composition.relation))
-    if composition.relation:
-        variants += [
-            replace(composition, relation=relation)
-            for relation in RELATIONS
-            if relation != composition.relation
-        ]
-    things = [(phrase.color, phrase.shape) for phrase in phrases]
+            new_first = replace(first, **{name: getattr(second, name)})
+            new_second = replace(second, **{name: getattr(first, name)})
+            variants.append(Composition((new_first, new_second), relation))
+    if relation:
+        variants += [Composition(phrases, other) for other in RELATIONS]
     return [
         variant
         for variant in dict.fromkeys(variants)
-        if variant.combination != composition.combination
-        or variant.relation != composition.relation
-        if len({(p.color, p.shape) for p in variant.phrases}) == len(things)
+        if (variant.combination, variant.relation) != (composition.combination, relation)
+        if len({(phrase.color, phrase.shape) for phrase in variant.phrases}) == len(phrases)
     ]
 
 

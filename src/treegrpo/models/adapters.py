@@ -21,11 +21,7 @@ _ADAPTER = "default"  # the name that diffusers and peft give the only one
 
 
 def check_lora_targets(policy: Policy, targets: Sequence[str]) -> None:
-    """Refuse names that no layer has, before weights are read.
-
-    Raises:
-        ModelError: names the target and layers like it.
-    """
+    """Refuse names that no layer has, before weights are read; the ModelError has similar ones."""
     layers = [
         name
         for name, module in policy.checkpoint.without_weights(policy.network_name).named_modules()
@@ -44,10 +40,6 @@ def check_lora_targets(policy: Policy, targets: Sequence[str]) -> None:
 
 def add_lora(policy: Policy, model: ModelConfig) -> None:
     """Freeze the network and put trainable float32 LoRA weights on it.
-
-    Args:
-        policy: with its network.
-        model: says rank, alpha and targets.
 
     Raises:
         ModelError: peft has no adapter for a target.
@@ -76,11 +68,7 @@ def add_lora(policy: Policy, model: ModelConfig) -> None:
 
 
 def load_lora(policy: Policy, folder: Path) -> None:
-    """Put exported LoRA weights on the network, for sampling.
-
-    Raises:
-        ModelError: they do not fit it.
-    """
+    """Put exported LoRA weights on the network, for sampling; ModelError: they do not fit it."""
     network: Any = policy.network
     with loading(folder):
         network.load_lora_adapter(str(folder), prefix=policy.network_name, weight_name=LORA_FILE)
@@ -92,10 +80,7 @@ def has_lora(policy: Policy) -> bool:
 
 
 def lora_weights(policy: Policy) -> dict[str, Any]:
-    """The adapters' weights by diffusers' names, with the scale of alpha in them.
-
-    A loader takes an alpha that it is not told to be the rank.
-    """
+    """The adapters' weights by diffusers' names, times alpha / rank, which loaders take to be 1."""
     from peft.utils import get_peft_model_state_dict
 
     network: Any = policy.network

@@ -26,13 +26,12 @@ from treegrpo.models.folder import (
 
 @dataclass(frozen=True)
 class Components:
-    """A checkpoint on disk.
+    """A checkpoint on disk in the diffusers format.
 
     Attributes:
-        folder: in the diffusers format.
         index: its `model_index.json`.
         configs: the configuration of each network and of the scheduler, by component.
-        lora_folder: of LoRA weights that belong on the network; None: there are none.
+        lora_folder: of LoRA weights that belong on the network.
     """
 
     folder: Path
@@ -42,11 +41,7 @@ class Components:
 
     @staticmethod
     def of(folder: Path, lora_folder: Path | None = None) -> Components:
-        """Those of a folder, of which the configurations are read.
-
-        Raises:
-            ModelError: one of them cannot be read.
-        """
+        """Those of a folder, of which the configurations are read."""
         index = read_json(folder / INDEX_FILE)
         return Components(folder, index, component_configs(folder, index), lora_folder)
 
@@ -56,11 +51,7 @@ class Components:
         return [name for name in components(self.index) if name.startswith(("text_", "tokenizer"))]
 
     def component_class(self, name: str) -> Any:
-        """The class that the index names for a component.
-
-        Raises:
-            ModelError: it cannot be imported.
-        """
+        """The class that the index names for a component; ModelError: it cannot be imported."""
         value = self.index[name]
         with loading(self.folder / name):
             library, class_name = value
@@ -71,11 +62,7 @@ class Components:
         return getattr(importlib.import_module("diffusers"), self.index["_class_name"])
 
     def scheduler(self) -> Any:
-        """The checkpoint's scheduler.
-
-        Raises:
-            ModelError: diffusers refuses its configuration.
-        """
+        """The checkpoint's scheduler; ModelError: diffusers refuses its configuration."""
         scheduler_class = self.component_class("scheduler")
         with loading(self.folder / "scheduler"):
             return scheduler_class.from_pretrained(self.folder, subfolder="scheduler")
@@ -102,22 +89,15 @@ class Components:
         return result
 
     def without_weights(self, name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """A network, decoder or text encoder on the meta device, to count and to look at.
-
-        Its parameters have the dtypes that `read` gives them.
-
-        Raises:
-            ModelError: its library refuses the configuration.
-        """
+        """A component on the meta device, with the dtypes that `read` gives its parameters."""
         module_class: Any = self.component_class(name)
         config = dict(self.configs[name])
         is_transformers = hasattr(module_class, "config_class")
         with loading(self.folder / name), torch.device("meta"):
-            module: nn.Module = (
-                module_class(module_class.config_class.from_dict(config))
-                if is_transformers
-                else module_class.from_config(config)
-            )
+            if is_transformers:
+                module: nn.Module = module_class(module_class.config_class.from_dict(config))
+            else:
+                module = module_class.from_config(config)
         strict = "_strict" if is_transformers else ""  # its other list is about float16 alone
         kept = set(getattr(module_class, f"_keep_in_fp32_modules{strict}", None) or ())
         for key, parameter in module.named_parameters():

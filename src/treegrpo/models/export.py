@@ -1,7 +1,6 @@
 """A trained policy as diffusers loads it: the whole pipeline, or LoRA weights alone.
 
-Left out: the model card (`report/model_card.py`), and the state from which training continues
-(`treegrpo/checkpoint.py`).
+Left out: the model card (`report/model_card.py`), and states of training (`checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -18,13 +17,7 @@ from treegrpo.models.policy import Policy
 
 
 def export(policy: Policy, folder: Path, base_model: str) -> None:
-    """Write the whole pipeline, or the LoRA weights alone; and how it is sampled.
-
-    Args:
-        policy: trained.
-        folder: made where it is missing.
-        base_model: the checkpoint that LoRA weights belong to.
-    """
+    """Write the whole pipeline, or LoRA weights of `base_model` alone; and how it is sampled."""
     network: Any = policy.network
     folder.mkdir(parents=True, exist_ok=True)
     if has_lora(policy):
@@ -44,14 +37,11 @@ def export(policy: Policy, folder: Path, base_model: str) -> None:
 
 def export_bytes(policy: Policy) -> int:
     """About what `export` writes: weights and the checkpoint's other files, without headers."""
-    if has_lora(policy):
-        written = [p for p in policy.network.parameters() if p.requires_grad]
-        copied: list[Path] = []
-    else:
-        written, copied = list(policy.network.parameters()), _copied_files(policy)
-    return sum(p.numel() * p.element_size() for p in written) + sum(
-        path.stat().st_size for path in copied
-    )
+    is_lora = has_lora(policy)
+    written = [p for p in policy.network.parameters() if p.requires_grad or not is_lora]
+    copied = [] if is_lora else _copied_files(policy)
+    weights = sum(p.numel() * p.element_size() for p in written)
+    return weights + sum(path.stat().st_size for path in copied)
 
 
 def _copied_files(policy: Policy) -> list[Path]:

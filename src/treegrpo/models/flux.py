@@ -1,7 +1,6 @@
 """FLUX.1: a rectified flow on a transformer of packed latents, with distilled guidance or none.
 
-Left out: true classifier-free guidance, which the pipeline offers as well, and FLUX.1's pipelines
-for filling, depth and image prompts.
+Left out: the pipeline's true classifier-free guidance, and filling, depth and image prompts.
 """
 
 from __future__ import annotations
@@ -15,40 +14,22 @@ from diffusers.pipelines.flux.pipeline_flux import FluxPipeline
 from torch import Tensor, nn
 
 from treegrpo.models.folder import ModelError
-from treegrpo.models.latents import (
-    check_prompt_length,
-    decode,
-    pixels_per_latent,
-    shifted_levels,
-    size_in_tokens,
-    unscaled,
-)
-from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling
-from treegrpo.transition import Schedule
-
-# The pipeline's own; no configuration holds them.
-_DEFAULT_SIZE_IN_LATENTS = 128
-_LONGEST_PROMPT = 512
+from treegrpo.models.latents import JOINT_ATTENTION, PackedFlow, decode, unscaled
+from treegrpo.models.policy import Conditioning, Configs, Sampling
 
 
-class Flux(Policy):
+class Flux(PackedFlow):
     """`FluxPipeline`: FLUX.1-dev and FLUX.1-schnell.
 
     The first one's network is told its guidance; the second one's takes none.
     """
 
     pipeline_name: ClassVar = "FluxPipeline"
-    defaults: ClassVar = Sampling(steps=28, guidance_scale=3.5, max_sequence_length=_LONGEST_PROMPT)
+    longest_prompt: ClassVar = 512
+    defaults: ClassVar = Sampling(steps=28, guidance_scale=3.5, max_sequence_length=longest_prompt)
     guidance_is_embedded: ClassVar = True
     lora_targets: ClassVar = (
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "attn.to_k",
-        "attn.to_out.0",
-        "attn.to_q",
-        "attn.to_v",
+        *JOINT_ATTENTION,
         "ff.net.0.proj",
         "ff.net.2",
         "ff_context.net.0.proj",
@@ -61,21 +42,9 @@ class Flux(Policy):
         return cls.defaults if _takes_guidance(configs) else replace(cls.defaults, guidance_scale=1)
 
     @classmethod
-    def default_size(cls, configs: Configs) -> tuple[int, int]:
-        """The pipeline's own."""
-        size = _DEFAULT_SIZE_IN_LATENTS * pixels_per_latent(configs)
-        return size, size
-
-    @classmethod
-    def size_multiple(cls, configs: Configs) -> int:
-        """Of a token, into which 2x2 latents are packed."""
-        return 2 * pixels_per_latent(configs)
-
-    @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
-        """Guidance that the checkpoint does not take is refused, and prompts beyond T5's limit."""
+        """Guidance that the checkpoint does not take is refused."""
         super().check_sampling(sampling, configs)
-        check_prompt_length(sampling, _LONGEST_PROMPT)
         scale = sampling.guidance_scale
         if not _takes_guidance(configs) and scale > 1:
             raise ModelError(
@@ -87,16 +56,6 @@ class Flux(Policy):
                 f"model.negative_prompt: got {sampling.negative_prompt!r}; must be empty: "
                 f"{cls.pipeline_name} samples without classifier-free guidance"
             )
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Tokens, channels."""
-        height, width = self._size_in_tokens
-        return height * width, self.configs["transformer"]["in_channels"]
-
-    @property
-    def _size_in_tokens(self) -> tuple[int, int]:
-        return size_in_tokens(self.sampling, self.size_multiple(self.configs))
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """T5's tokens, and pooled CLIP."""
@@ -113,15 +72,11 @@ class Flux(Policy):
         )
         return {"embeddings": embeddings, "pooled": pooled}
 
-    def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
-        """Shifted by the image's tokens."""
-        return shifted_levels(self.scheduler, steps, self.latent_shape[0])
-
     @cached_property
     def _image_ids(self) -> Tensor:
         """[tokens, 3]: where each token is in the image."""
         ids: Tensor = FluxPipeline._prepare_latent_image_ids(
-            1, *self._size_in_tokens, self.device, torch.float32
+            1, *self.size_in_tokens, self.device, torch.float32
         )
         return ids
 
@@ -145,7 +100,7 @@ class Flux(Policy):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Of unpacked latents, with the decoder's factor and shift."""
-        size, scale = self.sampling.size, pixels_per_latent(self.configs)
+        size, scale = self.sampling.size, self.pixels_per_latent(self.configs)
         # No name for what is unpacked: it leaves memory before the decoder begins.
         return decode(
             self.vae, unscaled(self.vae, FluxPipeline._unpack_latents(latents, *size, scale))

@@ -1,7 +1,6 @@
 """Checkpoint folders, looked at without heavy imports, so that mistakes answer at once.
 
-Left out: reading weights (`components.py`), and what a trained run saves to be continued
-(`treegrpo/checkpoint.py`).
+Left out: reading weights (`components.py`), and states of training (`treegrpo/checkpoint.py`).
 """
 
 from __future__ import annotations
@@ -88,8 +87,7 @@ def check_checkpoint(folder: Path, field: str = "model.path", *, weights: bool =
     Weights are not read, but a missing shard or a truncated safetensors file is found.
 
     Args:
-        folder: on this machine.
-        field: what named it, to begin messages with.
+        field: what named the folder, to begin messages with.
         weights: whether they are needed; otherwise the networks' and scheduler's configurations do.
 
     Raises:
@@ -115,11 +113,7 @@ def check_checkpoint(folder: Path, field: str = "model.path", *, weights: bool =
 
 
 def check_trainable(path: str) -> None:
-    """Refuse LoRA weights as a model to train.
-
-    Raises:
-        ModelError: the folder holds them.
-    """
+    """Refuse a folder of LoRA weights as a model to train, with a ModelError."""
     if (Path(resolve(path)) / LORA_FILE).is_file():
         raise ModelError(
             f"model.path: {path} holds LoRA weights, which can be sampled and evaluated; to train "
@@ -128,11 +122,7 @@ def check_trainable(path: str) -> None:
 
 
 def check_family(path: str, index: Mapping[str, Any], field: str = "model.path") -> str:
-    """The pipeline class of a checkpoint's index.
-
-    Raises:
-        ModelError: it is not supported.
-    """
+    """The pipeline class of a checkpoint's index; ModelError: it is not supported."""
     family = index.get("_class_name")
     if family not in FAMILIES:
         raise ModelError(
@@ -159,11 +149,7 @@ def components(index: Mapping[str, Any]) -> list[str]:
 
 
 def component_configs(folder: Path, index: Mapping[str, Any]) -> ConfigFile:
-    """The configuration of each network and of the scheduler, by component.
-
-    Raises:
-        ModelError: one of them cannot be read.
-    """
+    """The configuration of each network and of the scheduler, by component."""
     configs = {
         name: read_json(folder / name / _config_file(name))
         for name in components(index)
@@ -173,11 +159,7 @@ def component_configs(folder: Path, index: Mapping[str, Any]) -> ConfigFile:
 
 
 def read_json(path: Path, field: str = "model.path") -> ConfigFile:
-    """A JSON object.
-
-    Raises:
-        ModelError: the file cannot be read as one.
-    """
+    """A JSON object; ModelError: the file cannot be read as one."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -239,11 +221,7 @@ def _check_tokenizer(folder: Path, field: str) -> None:
 
 
 def _check_weights(path: Path, field: str) -> None:
-    """Refuse a damaged file of weights.
-
-    A safetensors file says in its header how long it must be; torch's is a whole zip archive, or an
-    older pickle.
-    """
+    """Refuse a damaged file: safetensors' header says its length, torch's is a zip or a pickle."""
     if path.suffix != ".safetensors":
         with path.open("rb") as file:
             start = file.read(4)

@@ -1,60 +1,54 @@
-"""What several families share: sizes of latents, a flow's noise levels, decoding.
+"""What several families share: sizes of latents, a flow's noise levels, packing, decoding.
 
 Left out: what one family alone does, which stands in its file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from treegrpo.models.folder import ModelError
-from treegrpo.models.policy import Configs, Sampling
+from treegrpo.models.policy import Configs, Policy, Sampling
 from treegrpo.transition import Schedule, flow_schedule
 
-
-def pixels_per_latent(configs: Configs, levels: str = "block_out_channels") -> int:
-    """Pixels per latent, in each direction: each level of the decoder but one doubles them.
-
-    Args:
-        configs: the components' configurations.
-        levels: the list in the decoder's with an entry per level.
-    """
-    return int(2 ** (len(configs["vae"][levels]) - 1))
-
-
-def image_shape(network: Mapping[str, Any], sampling: Sampling, scale: int) -> tuple[int, ...]:
-    """Channels, height and width of an image's latents.
-
-    Args:
-        network: its configuration.
-        sampling: says the image's size.
-        scale: pixels per latent.
-    """
-    height, width = sampling.size
-    return network["in_channels"], height // scale, width // scale
+# The layers of attention over image and text together.
+JOINT_ATTENTION = (
+    "attn.add_k_proj",
+    "attn.add_q_proj",
+    "attn.add_v_proj",
+    "attn.to_add_out",
+    "attn.to_k",
+    "attn.to_out.0",
+    "attn.to_q",
+    "attn.to_v",
+)
 
 
-def size_in_tokens(sampling: Sampling, multiple: int) -> tuple[int, int]:
-    """Height and width of an image in tokens, each of which covers `multiple` pixels a side."""
-    height, width = sampling.size
-    return height // multiple, width // multiple
+class ImageLatents(Policy):
+    """A model whose network takes an image's latents as they are."""
 
+    @classmethod
+    def default_size(cls, configs: Configs) -> tuple[int, int]:
+        """The network's `sample_size`, one number or two."""
+        size, scale = configs[cls.network_name]["sample_size"], cls.pixels_per_latent(configs)
+        height, width = (size, size) if isinstance(size, int) else size
+        return height * scale, width * scale
 
-def check_prompt_length(sampling: Sampling, longest: int) -> None:
-    """Refuse a prompt length beyond the pipeline's own limit.
+    @classmethod
+    def size_multiple(cls, configs: Configs) -> int:
+        """A patch of latents in pixels."""
+        return int(cls.pixels_per_latent(configs) * configs[cls.network_name]["patch_size"])
 
-    Raises:
-        ModelError: says the limit.
-    """
-    if (sampling.max_sequence_length or 0) > longest:
-        raise ModelError(
-            f"model.max_sequence_length: got {sampling.max_sequence_length}; must be at most "
-            f"{longest}"
-        )
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Channels, height, width."""
+        height, width = self.sampling.size
+        scale = self.pixels_per_latent(self.configs)
+        return self.configs[self.network_name]["in_channels"], height // scale, width // scale
 
 
 # --- noise levels ---
@@ -65,11 +59,8 @@ def flow_levels(
 ) -> tuple[Schedule, list[float]]:
     """A rectified flow's schedule and timesteps, as the scheduler sets them.
 
-    Args:
-        scheduler: the checkpoint's.
-        steps: of the schedule.
-        sigmas: the levels before the scheduler's own shift; None: its own spacing.
-        settings: more for `set_timesteps`, such as `mu`.
+    `sigmas` are the levels before the scheduler's own shift (None: its own spacing); `settings` go
+    to `set_timesteps`.
 
     Raises:
         ModelError: the scheduler is not a flow's.
@@ -90,10 +81,7 @@ def flow_levels(
 def shift_for(scheduler: Any, tokens: int, max_shift: float) -> float:
     """How far a scheduler with dynamic shifting moves its levels towards noise (its `mu`).
 
-    Args:
-        scheduler: the checkpoint's.
-        tokens: of the image.
-        max_shift: the pipeline's own, where the scheduler says none.
+    `max_shift` is the pipeline's own, for where the scheduler says none.
     """
     from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
@@ -108,14 +96,53 @@ def shift_for(scheduler: Any, tokens: int, max_shift: float) -> float:
     return shift
 
 
-def shifted_levels(scheduler: Any, steps: int, tokens: int) -> tuple[Schedule, list[float]]:
-    """FLUX.1's noise levels, and those of models that followed.
+# --- packing ---
 
-    They are evenly spaced, shifted towards noise by the image's number of tokens where the
-    scheduler says so.
-    """
-    sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
-    return flow_levels(scheduler, steps, sigmas, mu=shift_for(scheduler, tokens, 1.15))
+
+class PackedFlow(Policy):
+    """A rectified flow on tokens of 2x2 latents, as FLUX.1's and those of models that followed."""
+
+    longest_prompt: ClassVar[int]
+    """In tokens: the pipeline's own limit, which no configuration holds."""
+
+    @classmethod
+    def default_size(cls, configs: Configs) -> tuple[int, int]:
+        """The pipelines' own, 128 latents a side, which no configuration holds."""
+        size = 128 * cls.pixels_per_latent(configs)
+        return size, size
+
+    @classmethod
+    def size_multiple(cls, configs: Configs) -> int:
+        """A token in pixels."""
+        return 2 * cls.pixels_per_latent(configs)
+
+    @classmethod
+    def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
+        """Prompts beyond the pipeline's limit are refused."""
+        super().check_sampling(sampling, configs)
+        if (sampling.max_sequence_length or 0) > cls.longest_prompt:
+            raise ModelError(
+                f"model.max_sequence_length: got {sampling.max_sequence_length}; must be at most "
+                f"{cls.longest_prompt}"
+            )
+
+    @property
+    def size_in_tokens(self) -> tuple[int, int]:
+        """Height and width."""
+        (height, width), token = self.sampling.size, self.size_multiple(self.configs)
+        return height // token, width // token
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Tokens, channels."""
+        height, width = self.size_in_tokens
+        return height * width, self.configs["transformer"]["in_channels"]
+
+    def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
+        """Evenly spaced, shifted by the image's tokens where the scheduler says so."""
+        sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
+        shift = shift_for(self.scheduler, self.latent_shape[0], 1.15)
+        return flow_levels(self.scheduler, steps, sigmas, mu=shift)
 
 
 # --- decoding ---

@@ -1,9 +1,9 @@
 """A checkpoint and the configuration's `model` section, opened as a `Policy`.
 
-Training, evaluation and the memory estimate all come through here: `open_policy` reads
-configurations and refuses what can be refused, `load_weights` reads (or makes up) the weights.
+`open_policy` reads configurations and refuses what can be refused, `load_weights` reads the
+weights. Training, evaluation and the memory estimate all come through here.
 
-Left out: the device, which the caller chooses.
+Left out: choosing a device (`treegrpo/device.py`).
 """
 
 from __future__ import annotations
@@ -55,33 +55,25 @@ _CONFIG_FILES = ["model_index.json", "*/config.json", "scheduler/scheduler_confi
 def open_policy(
     model: ModelConfig, *, device: torch.device, steps: int | None = None, weights: bool = True
 ) -> Policy:
-    """Find a checkpoint and check it and the settings without reading weights.
+    """A policy whose checkpoint and settings are checked: all but its network and decoder.
 
     Args:
-        model: the section; its sampling settings replace the checkpoint's own, its device is not
-            looked at.
-        device: of the policy.
+        model: its sampling settings replace the checkpoint's own; its device is not looked at.
         steps: of the schedule; None: the checkpoint's own.
         weights: whether they must be there; otherwise a hub's checkpoint is not downloaded but for
             its configurations.
-
-    Returns:
-        A policy that can encode prompts, and all but the network and the decoder.
 
     Raises:
         ModelError: the folder is missing or incomplete, its pipeline class is not supported, or a
             setting is not allowed.
     """
     quiet_libraries()
-    backend = model.attention_backend
-    if backend is not None:
-        check_attention_backend(backend)
+    if model.attention_backend is not None:
+        check_attention_backend(model.attention_backend)
     folder = Path(resolve(model.path))
     stored = _stored_sampling(folder / SAMPLING_FILE)
     lora_folder = folder if (folder / LORA_FILE).is_file() else None
-    base = str(folder)
-    if lora_folder is not None:
-        base = resolve(stored.get("base_model") or model.path)
+    base = resolve(stored.get("base_model") or model.path) if lora_folder else str(folder)
     source = _local_folder(base, weights)
     check_checkpoint(source, weights=weights)
     checkpoint = Components.of(source, lora_folder)
@@ -92,18 +84,13 @@ def open_policy(
     sampling = Sampling(
         **{**asdict(family.default_sampling(checkpoint.configs)), **stored, **changes}
     )
-    policy = family(
-        checkpoint,
-        sampling,
-        device=device,
-        dtype=getattr(torch, model.dtype),
-        cache=_cache(model.embedding_cache),
-    )
+    cache = None if model.embedding_cache is None else cache_folder(model.embedding_cache)
+    dtype = getattr(torch, model.dtype)
+    policy = family(checkpoint, sampling, device=device, dtype=dtype, cache=cache)
     if model.lora_targets:
         check_lora_targets(policy, model.lora_targets)
-    if backend is not None:
-        network = checkpoint.without_weights(policy.network_name)
-        check_attention_choice(policy, network, backend)
+    if model.attention_backend is not None:
+        check_attention_choice(policy, model.attention_backend)
     return policy
 
 
@@ -113,15 +100,13 @@ def load_weights(
     """Give a policy its network and decoder, with what the section switches on.
 
     Args:
-        policy: from `open_policy`.
-        model: the section that it was opened with.
+        model: the section that the policy was opened with.
         train: for training: the weights to train are float32 whatever the network computes in, and
             with a LoRA rank they are fresh adapters. For sampling, an export's adapters are put on.
         read: gives the components; None: reads them from the checkpoint to the policy's device.
 
     Raises:
-        ModelError: the weights cannot be read, or some are missing; or adapters alone are there to
-            train.
+        ModelError: weights cannot be read or are missing, or adapters alone are there to train.
     """
     if train:
         check_trainable(model.path)
@@ -141,11 +126,7 @@ def load_weights(
 
 
 def load_policy(model: ModelConfig, *, device: torch.device, steps: int | None = None) -> Policy:
-    """`open_policy` with its weights read, for sampling.
-
-    Raises:
-        ModelError: as `open_policy` and `load_weights`.
-    """
+    """`open_policy` with its weights read, for sampling."""
     policy = open_policy(model, device=device, steps=steps)
     load_weights(policy, model, train=False)
     return policy
@@ -168,13 +149,6 @@ def _stored_sampling(file: Path) -> dict[str, Any]:
             f"{wrong['msg']}"
         ) from None
     return stored
-
-
-def _cache(setting: str | None) -> Path | None:
-    """The folder that `model.embedding_cache` means."""
-    if setting is None:
-        return None
-    return cache_folder() if setting == "auto" else Path(setting)
 
 
 def _local_folder(source: str, weights: bool) -> Path:

@@ -1,11 +1,9 @@
 """The model, seen from training and evaluation: `Policy`, and how it is sampled, `Sampling`.
 
 `Policy` holds what every text-to-image model needs: guidance, precision, decoding in batches. A
-family file (`sd3.py`) subclasses it and says only what differs. docs/families.md is the guide to
-adding one.
+family file (`sd3.py`) subclasses it and says only what differs; docs/families.md is the guide.
 
-Left out: opening a checkpoint and reading its weights (`opening.py`), text encoders and their store
-(`text.py`), LoRA (`adapters.py`), diffusers' switches (`switches.py`) and export (`export.py`).
+Left out: loading (`opening.py`), text encoders (`text.py`), LoRA (`adapters.py`), `export.py`.
 """
 
 from __future__ import annotations
@@ -79,11 +77,7 @@ class Policy(ABC):
 
     Attributes:
         network: the model that is trained; the trainer may replace it by a wrapped one.
-        vae: its decoder.
-        scheduler: the checkpoint's own, for its noise levels.
         sampling: complete: the family's defaults, the checkpoint's values, the caller's.
-        checkpoint: its components on disk.
-        configs: the components' configurations.
         text: the text encoders and the embeddings that they gave.
     """
 
@@ -108,6 +102,11 @@ class Policy(ABC):
         return cls.defaults
 
     @classmethod
+    def pixels_per_latent(cls, configs: Configs) -> int:
+        """In each direction: each level of the decoder but one doubles them."""
+        return int(2 ** (len(configs["vae"]["block_out_channels"]) - 1))
+
+    @classmethod
     @abstractmethod
     def default_size(cls, configs: Configs) -> tuple[int, int]:
         """Height and width in pixels that the checkpoint was made for."""
@@ -119,11 +118,7 @@ class Policy(ABC):
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
-        """Refuse what this family does not allow, beside sizes.
-
-        Raises:
-            ModelError: names the setting, its value and what is allowed.
-        """
+        """Refuse what this family does not allow, beside sizes, with a ModelError."""
         if sampling.frames is not None:
             raise ModelError(
                 f"model.frames: got {sampling.frames}; {cls.pipeline_name} makes images, so it "
@@ -131,11 +126,7 @@ class Policy(ABC):
             )
 
     def make_scheduler(self) -> Any:
-        """The checkpoint's scheduler, set as the pipeline sets it.
-
-        Raises:
-            ModelError: a setting of the scheduler has no meaning here.
-        """
+        """The checkpoint's scheduler, set as the pipeline sets it."""
         return self.checkpoint.scheduler()
 
     @property
@@ -148,24 +139,16 @@ class Policy(ABC):
         """Of one prompt's conditioning, at its longest; names as `encode_prompts` gives them."""
 
     def encoder_tokens(self) -> int:
-        """Tokens of the longest prompt, with what the pipeline puts around it.
-
-        For text encoders whose prompts have no fixed length.
-        """
+        """Tokens of the longest prompt with what the pipeline puts around it; CLIP's are fixed."""
         return self.sampling.max_sequence_length or 0
 
     @abstractmethod
     def encode_prompts(
         self, pipeline: Any, prompts: list[str]
     ) -> Mapping[str, Tensor | list[Tensor]]:
-        """Conditioning by name, a row per prompt, by the pipeline's `encode_prompt`.
+        """Conditioning by name, by the `encode_prompt` of a pipeline of text encoders alone.
 
-        Args:
-            pipeline: of text encoders alone.
-            prompts: at most `text.PROMPTS_PER_ENCODING`.
-
-        Returns:
-            Rows may differ in their first dimension.
+        A row for each of at most `PROMPTS_PER_ENCODING` prompts, perhaps of several lengths.
         """
 
     @abstractmethod
@@ -176,29 +159,16 @@ class Policy(ABC):
     def forward(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
-        """One network call.
+        """One network call: what the schedule's `prediction` says, in the shape of x.
 
         Args:
-            network: the policy's own or one that stands in for it.
-            x: float32 [rows, *latent_shape].
+            x: float32 [rows, *latent_shape], with a row of each conditioning for every row.
             timestep: float32 [rows].
-            conditioning: a row of each for every row of x.
-
-        Returns:
-            [rows, *latent_shape]: what the schedule's `prediction` says.
         """
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Finished latents to pixels.
-
-        Args:
-            latents: [rows, *latent_shape].
-
-        Returns:
-            Images in about [-1, 1]: [rows, 3, height, width], or for videos [rows, frames, 3,
-            height, width].
-        """
+        """Finished latents to pixels in about [-1, 1], of the shapes that `decode` says."""
 
     def guide(self, given: Tensor, without: Tensor) -> Tensor:
         """Classifier-free guidance from the predictions with the prompt and without it."""
@@ -206,20 +176,21 @@ class Policy(ABC):
 
     def call_settings(self) -> dict[str, Any]:
         """What the diffusers pipeline's `__call__` is given to sample in the same way."""
-        sampling = self.sampling
-        settings: dict[str, Any] = {
-            "num_inference_steps": sampling.steps,
-            "guidance_scale": sampling.guidance_scale,
-            "height": sampling.height,
-            "width": sampling.width,
+        settings = {
+            "num_inference_steps": self.sampling.steps,
+            "guidance_scale": self.sampling.guidance_scale,
+            "height": self.sampling.height,
+            "width": self.sampling.width,
+            "negative_prompt": self.sampling.negative_prompt or None,
+            "num_frames": self.sampling.frames,
+            "max_sequence_length": self.sampling.max_sequence_length,
         }
-        if sampling.negative_prompt:
-            settings["negative_prompt"] = sampling.negative_prompt
-        if sampling.frames is not None:
-            settings["num_frames"] = sampling.frames
-        if sampling.max_sequence_length is not None:
-            settings["max_sequence_length"] = sampling.max_sequence_length
-        return settings
+        return {name: value for name, value in settings.items() if value is not None}
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a forward takes two rows of the network, with the prompt and without."""
+        return self.sampling.guidance_scale > 1 and not self.guidance_is_embedded
 
     def negative(self) -> Conditioning:
         """The conditioning that guidance leads away from: one row."""
@@ -239,8 +210,6 @@ class Policy(ABC):
         """Made by `opening.open_policy`.
 
         Args:
-            checkpoint: whose configurations are read.
-            sampling: the checkpoint's values and the caller's.
             device: of the network, the decoder, the text encoders and the states.
             dtype: what the network computes in.
             cache: where prompt embeddings are kept; None keeps them and the encoders in memory.
@@ -297,15 +266,7 @@ class Policy(ABC):
         return self.text.encode(prompts)
 
     def prepare(self, prompts: Sequence[str], say: Callable[[str], None] = print) -> None:
-        """Encode all prompts that a run will need, then let the text encoders go.
-
-        Args:
-            prompts: beside the negative one.
-            say: told where that may take a while.
-
-        Raises:
-            ModelError: the disk has no room for them.
-        """
+        """`PromptEncoder.prepare` for all prompts of a run, and the negative one."""
         self.negative()
         self.text.prepare(prompts, say)
 
@@ -314,11 +275,7 @@ class Policy(ABC):
         return torch.randn(count, *self.latent_shape, generator=generator, device=self.device)
 
     def schedule(self, steps: int) -> Schedule:
-        """The checkpoint's own noise levels for so many steps.
-
-        Raises:
-            ModelError: they are none that a rollout can follow.
-        """
+        """The checkpoint's own levels; ModelError: they are none that a rollout can follow."""
         try:
             return self.noise_levels(steps)[0]
         except PlanError as error:
@@ -332,14 +289,10 @@ class Policy(ABC):
     ) -> Predict:
         """The model as the algorithm calls it, for these prompts; guidance happens inside.
 
-        Args:
-            conditioning: of the prompts, from `encode`.
-            steps: of the schedule.
-            network: stands in for the policy's own, for a reference model.
+        `network` stands in for the policy's own, such as a reference model.
         """
         timesteps = self.noise_levels(steps)[1]
-        guided = self.sampling.guidance_scale > 1 and not self.guidance_is_embedded
-        negative = self.negative() if guided else None
+        negative = self.negative() if self.is_guided else None
 
         def predict(x: Tensor, step: int, prompt_index: Tensor) -> Tensor:
             chosen = {name: values[prompt_index] for name, values in conditioning.items()}
@@ -366,16 +319,10 @@ class Policy(ABC):
 
     @torch.no_grad()
     def decode(self, latents: Tensor, max_batch: int, frames: int | None = None) -> Tensor:
-        """Finished latents to pixels.
+        """Finished latents [rows, *latent_shape] to pixels in [0, 1], `max_batch` rows at once.
 
-        Args:
-            latents: [rows, *latent_shape].
-            max_batch: rows that are decoded at once.
-            frames: keep only so many of a video's, evenly spaced: whole ones fill the memory.
-
-        Returns:
-            float32 images [rows, 3, height, width] in [0, 1], or videos [rows, frames, 3, height,
-            width].
+        Float32 images [rows, 3, height, width], or videos [rows, frames, 3, height, width] with so
+        many evenly spaced frames: whole videos fill the memory.
         """
         images = []
         for part in torch.split(latents, max_batch):

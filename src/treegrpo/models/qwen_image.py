@@ -11,26 +11,16 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
-from treegrpo.models.latents import (
-    check_prompt_length,
-    decode,
-    shifted_levels,
-    size_in_tokens,
-    unstandardized,
-)
-from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling
+from treegrpo.models.latents import PackedFlow, decode, unstandardized
+from treegrpo.models.policy import Conditioning, Configs, Sampling
 from treegrpo.models.text import count_tokens
-from treegrpo.transition import Schedule
-
-# The pipeline's own; no configuration holds them.
-_DEFAULT_SIZE_IN_LATENTS = 128
-_LONGEST_PROMPT = 1024
 
 
-class QwenImage(Policy):
+class QwenImage(PackedFlow):
     """`QwenImagePipeline`."""
 
     pipeline_name: ClassVar = "QwenImagePipeline"
+    longest_prompt: ClassVar = 1024
     # The blank negative prompt is the model card's; the pipeline's own is no guidance.
     defaults: ClassVar = Sampling(
         steps=50, guidance_scale=4.0, negative_prompt=" ", max_sequence_length=512
@@ -40,31 +30,9 @@ class QwenImage(Policy):
     lora_targets: ClassVar = ("attn.to_k", "attn.to_out.0", "attn.to_q", "attn.to_v")
 
     @classmethod
-    def default_size(cls, configs: Configs) -> tuple[int, int]:
-        """The pipeline's own."""
-        size = _DEFAULT_SIZE_IN_LATENTS * _scale(configs)
-        return size, size
-
-    @classmethod
-    def size_multiple(cls, configs: Configs) -> int:
-        """Of a token, into which 2x2 latents are packed."""
-        return 2 * _scale(configs)
-
-    @classmethod
-    def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
-        """Prompts beyond the pipeline's limit are refused."""
-        super().check_sampling(sampling, configs)
-        check_prompt_length(sampling, _LONGEST_PROMPT)
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Tokens, channels."""
-        height, width = self._size_in_tokens
-        return height * width, self.configs["transformer"]["in_channels"]
-
-    @property
-    def _size_in_tokens(self) -> tuple[int, int]:
-        return size_in_tokens(self.sampling, self.size_multiple(self.configs))
+    def pixels_per_latent(cls, configs: Configs) -> int:
+        """In each direction."""
+        return int(2 ** len(configs["vae"]["temperal_downsample"]))
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """The prompt's tokens, and which of them are there."""
@@ -93,10 +61,6 @@ class QwenImage(Policy):
             "mask": [row[:length].bool() for row, length in zip(mask, lengths, strict=True)],
         }
 
-    def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
-        """Shifted by the image's tokens."""
-        return shifted_levels(self.scheduler, steps, self.latent_shape[0])
-
     def forward(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning
     ) -> Tensor:
@@ -109,7 +73,7 @@ class QwenImage(Policy):
             timestep=timestep / 1000,
             encoder_hidden_states=embeddings[:, :longest],
             encoder_hidden_states_mask=None if shortest == longest else mask[:, :longest],
-            img_shapes=[[(1, *self._size_in_tokens)]] * len(x),
+            img_shapes=[[(1, *self.size_in_tokens)]] * len(x),
             return_dict=False,
         )[0]
         return output
@@ -129,14 +93,9 @@ class QwenImage(Policy):
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Of unpacked latents, with the decoder's means and deviations: a video's only frame."""
-        size, scale = self.sampling.size, _scale(self.configs)
+        size, scale = self.sampling.size, self.pixels_per_latent(self.configs)
         # No name for what is unpacked: it leaves memory before the decoder begins.
         return decode(
             self.vae,
             unstandardized(self.vae, QwenImagePipeline._unpack_latents(latents, *size, scale)),
         )[:, :, 0]
-
-
-def _scale(configs: Configs) -> int:
-    """Pixels per latent, in each direction."""
-    return int(2 ** len(configs["vae"]["temperal_downsample"]))

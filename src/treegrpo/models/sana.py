@@ -1,7 +1,6 @@
 """Sana 1 and 1.5: a rectified flow on a linear-attention transformer, prompted through Gemma 2.
 
-Left out: resolution binning, with which the pipeline changes sizes, and Sana's distilled relatives
-(Sprint, video), which are pipelines of their own.
+Left out: resolution binning, and Sana's distilled relatives, whose pipelines are their own.
 """
 
 from __future__ import annotations
@@ -12,8 +11,8 @@ from typing import Any, ClassVar
 from diffusers import SanaPipeline
 from torch import Tensor, nn
 
-from treegrpo.models.latents import decode, flow_levels, image_shape, pixels_per_latent
-from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling
+from treegrpo.models.latents import ImageLatents, decode, flow_levels
+from treegrpo.models.policy import Conditioning, Configs, Sampling
 from treegrpo.models.text import count_tokens
 from treegrpo.transition import Schedule
 
@@ -25,7 +24,7 @@ _INSTRUCTION: list[str] = (
 _NEGATIVE = "\0negative: "
 
 
-class Sana(Policy):
+class Sana(ImageLatents):
     """`SanaPipeline`, without resolution binning: an image has the size that was asked for."""
 
     pipeline_name: ClassVar = "SanaPipeline"
@@ -33,20 +32,9 @@ class Sana(Policy):
     lora_targets: ClassVar = ("to_k", "to_q", "to_v")
 
     @classmethod
-    def default_size(cls, configs: Configs) -> tuple[int, int]:
-        """The network's `sample_size`."""
-        size = configs["transformer"]["sample_size"] * _scale(configs)
-        return size, size
-
-    @classmethod
-    def size_multiple(cls, configs: Configs) -> int:
-        """A patch of latents in pixels."""
-        return int(_scale(configs) * configs["transformer"]["patch_size"])
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Channels, height, width."""
-        return image_shape(self.configs["transformer"], self.sampling, _scale(self.configs))
+    def pixels_per_latent(cls, configs: Configs) -> int:
+        """In each direction, by the encoder's levels."""
+        return int(2 ** (len(configs["vae"]["encoder_block_out_channels"]) - 1))
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """The prompt's tokens, and which of them are there."""
@@ -55,10 +43,7 @@ class Sana(Policy):
         return {"embeddings": (tokens, channels), "mask": (tokens,)}
 
     def encoder_tokens(self) -> int:
-        """With the instruction.
-
-        As the pipeline counts: one of the instruction's tokens and the prompt's first are shared.
-        """
+        """With the instruction; one of its tokens and the prompt's first are counted once."""
         instruction = count_tokens(self.checkpoint, "\n".join(_INSTRUCTION))
         return instruction + (self.sampling.max_sequence_length or 0) - 2
 
@@ -103,7 +88,3 @@ class Sana(Policy):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """With the decoder's factor, which the pipeline divides by in the decoder's dtype."""
         return decode(self.vae, latents.to(self.vae.dtype) / self.vae.config.scaling_factor)
-
-
-def _scale(configs: Configs) -> int:
-    return pixels_per_latent(configs, "encoder_block_out_channels")

@@ -11,63 +11,36 @@ from torch import Tensor, nn
 
 from treegrpo.models.folder import ModelError
 from treegrpo.models.latents import (
+    JOINT_ATTENTION,
+    ImageLatents,
     decode,
     flow_levels,
-    image_shape,
-    pixels_per_latent,
     shift_for,
-    size_in_tokens,
     unscaled,
 )
-from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling
+from treegrpo.models.policy import Conditioning, Configs, Sampling
 from treegrpo.transition import Schedule
 
 
-class StableDiffusion3(Policy):
+class StableDiffusion3(ImageLatents):
     """`StableDiffusion3Pipeline`, with and without its T5 encoder."""
 
     pipeline_name: ClassVar = "StableDiffusion3Pipeline"
     defaults: ClassVar = Sampling(steps=28, guidance_scale=7.0, max_sequence_length=256)
     kept_layers: ClassVar = ("text_encoder", "text_encoder_2")
-    lora_targets: ClassVar = (
-        "attn.add_k_proj",
-        "attn.add_q_proj",
-        "attn.add_v_proj",
-        "attn.to_add_out",
-        "attn.to_k",
-        "attn.to_out.0",
-        "attn.to_q",
-        "attn.to_v",
-    )
-
-    @classmethod
-    def default_size(cls, configs: Configs) -> tuple[int, int]:
-        """The network's `sample_size`."""
-        size = configs["transformer"]["sample_size"] * pixels_per_latent(configs)
-        return size, size
-
-    @classmethod
-    def size_multiple(cls, configs: Configs) -> int:
-        """A patch of latents in pixels."""
-        return int(pixels_per_latent(configs) * configs["transformer"]["patch_size"])
+    lora_targets: ClassVar = JOINT_ATTENTION
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
         """Beyond the network's `pos_embed_max_size` there are no positions."""
         super().check_sampling(sampling, configs)
         most = configs["transformer"]["pos_embed_max_size"] * cls.size_multiple(configs)
-        for name, value in (("height", sampling.height), ("width", sampling.width)):
-            if value is not None and value > most:
+        for name, value in zip(("height", "width"), sampling.size, strict=True):
+            if value > most:
                 raise ModelError(
                     f"model.{name}: got {value}; must be at most {most}, the largest for which the "
                     "network has positions"
                 )
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Channels, height, width."""
-        scale = pixels_per_latent(self.configs)
-        return image_shape(self.configs["transformer"], self.sampling, scale)
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """Both CLIP encoders' tokens, then T5's (or zeros in their place); and pooled CLIP."""
@@ -95,10 +68,9 @@ class StableDiffusion3(Policy):
         """The scheduler's; with dynamic shifting they depend on the size."""
         if not self.scheduler.config.get("use_dynamic_shifting"):
             return flow_levels(self.scheduler, steps)
-        height, width = size_in_tokens(self.sampling, self.size_multiple(self.configs))
-        return flow_levels(
-            self.scheduler, steps, mu=shift_for(self.scheduler, height * width, 1.16)
-        )
+        (height, width), patch = self.sampling.size, self.size_multiple(self.configs)
+        shift = shift_for(self.scheduler, (height // patch) * (width // patch), 1.16)
+        return flow_levels(self.scheduler, steps, mu=shift)
 
     def forward(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning

@@ -2,10 +2,9 @@
 
 The checkpoint's own scheduler says which levels there are. Our states are what the network takes,
 `alpha * clean + sigma * noise` with `alpha^2 + sigma^2 = 1`, whatever form the scheduler keeps its
-own in, and the deterministic step is DDIM's with eta 0 (arXiv 2010.02502), which is also what
-Euler's and every other first-order solver's comes to. Solvers of a higher order, with which many
-checkpoints are published (PNDM, DPM-Solver++), mix several predictions into a step; of them we take
-the levels only.
+own in, and the deterministic step is DDIM's with eta 0 (arXiv 2010.02502), which is also what every
+first-order solver's (Euler's) comes to. Solvers of a higher order (PNDM, DPM-Solver++) mix several
+predictions into a step; of them we take the levels only.
 
 Left out: consistency sampling, inpainting, the refiner of SDXL and safety checkers.
 """
@@ -20,8 +19,8 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from treegrpo.models.folder import ModelError, loading
-from treegrpo.models.latents import decode, image_shape, pixels_per_latent, unscaled
-from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling
+from treegrpo.models.latents import ImageLatents, decode, unscaled
+from treegrpo.models.policy import Conditioning, Configs, Sampling
 from treegrpo.transition import Schedule, variance_preserving_schedule
 
 # Schedulers that keep their levels as cumulative alphas, and those that keep them as sigma / alpha.
@@ -36,7 +35,7 @@ _BY_SIGMAS = (
 )
 
 
-class StableDiffusion(Policy):
+class StableDiffusion(ImageLatents):
     """`StableDiffusionPipeline`: Stable Diffusion 1.x and 2.x and SD-Turbo.
 
     The safety checker is not loaded: rewards and evaluations see every image.
@@ -66,16 +65,9 @@ class StableDiffusion(Policy):
             return solver.from_config(config, **self.scheduler_changes)
 
     @classmethod
-    def default_size(cls, configs: Configs) -> tuple[int, int]:
-        """The network's `sample_size`."""
-        size, scale = configs["unet"]["sample_size"], pixels_per_latent(configs)
-        height, width = (size, size) if isinstance(size, int) else size
-        return height * scale, width * scale
-
-    @classmethod
     def size_multiple(cls, configs: Configs) -> int:
         """A latent in pixels."""
-        return pixels_per_latent(configs)
+        return cls.pixels_per_latent(configs)
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
@@ -103,12 +95,6 @@ class StableDiffusion(Policy):
                 "model.path: got a latent consistency model (its unet has time_cond_proj_dim); "
                 "must be a diffusion model, since consistency sampling has no DDIM steps"
             )
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """Channels, height, width."""
-        scale = pixels_per_latent(self.configs)
-        return image_shape(self.configs["unet"], self.sampling, scale)
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """CLIP's tokens, in SDXL of both encoders side by side."""

@@ -7,9 +7,8 @@ Left out: precision (`Policy.dtype`), offload and batch sizes, which belong to t
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
-
-from torch import nn
 
 from treegrpo.config import ModelConfig
 from treegrpo.models.folder import ModelError
@@ -17,11 +16,7 @@ from treegrpo.models.policy import Policy
 
 
 def check_attention_backend(name: str) -> None:
-    """Refuse an attention backend that diffusers does not know or that cannot run here.
-
-    Raises:
-        ModelError: names what is allowed, or what is missing.
-    """
+    """Refuse, with a ModelError, a backend that diffusers does not know or cannot run here."""
     from diffusers.models import attention_dispatch
 
     names = [backend.value for backend in attention_dispatch.AttentionBackendName]
@@ -37,17 +32,9 @@ def check_attention_backend(name: str) -> None:
         raise ModelError(f"model.attention_backend: got {name!r}: {error}") from error
 
 
-def check_attention_choice(policy: Policy, network: nn.Module, name: str) -> None:
-    """Refuse an attention backend for a network that has no choice.
-
-    Args:
-        policy: whose network.
-        network: it, with or without weights.
-        name: of the backend.
-
-    Raises:
-        ModelError: it must be null.
-    """
+def check_attention_choice(policy: Policy, name: str) -> None:
+    """Refuse an attention backend, with a ModelError, for a network that has no choice."""
+    network = policy.checkpoint.without_weights(policy.network_name)
     processors = [getattr(module, "processor", None) for module in network.modules()]
     if not any(hasattr(processor, "_attention_backend") for processor in processors):
         raise ModelError(
@@ -57,12 +44,7 @@ def check_attention_choice(policy: Policy, network: nn.Module, name: str) -> Non
 
 
 def switch_on(policy: Policy, model: ModelConfig) -> None:
-    """Gradient checkpointing, attention backend, compilation and tiling, where configured.
-
-    Args:
-        policy: with its network and decoder.
-        model: says which; `open_policy` has checked them.
-    """
+    """Gradient checkpointing, attention backend, compilation and tiling, where configured."""
     network: Any = policy.network
     if model.gradient_checkpointing:
         network.enable_gradient_checkpointing()
@@ -79,11 +61,7 @@ def switch_on(policy: Policy, model: ModelConfig) -> None:
 
 def quiet_libraries() -> None:
     """Keep diffusers and transformers from mixing progress bars and advice into our own display."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    from diffusers.utils import logging as diffusers_logging
-
-    diffusers_logging.set_verbosity_error()
-    diffusers_logging.disable_progress_bar()
+    for library in ("transformers", "diffusers"):
+        logging = importlib.import_module(f"{library}.utils.logging")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()

@@ -3,8 +3,7 @@
 Embeddings are kept on disk by model and prompt, the recent ones in memory too; the text encoders
 are in memory only while prompts are new.
 
-Left out: how a family's pipeline encodes (`Policy.encode_prompts`), and the negative prompt
-(`Policy.negative`).
+Left out: how a family's pipeline encodes, and its negative prompt (`policy.py`).
 """
 
 from __future__ import annotations
@@ -41,12 +40,7 @@ _LIBRARIES = ("diffusers", "transformers", "ftfy")
 
 
 class PromptEncoder:
-    """Prompts to conditioning: each is computed once and kept.
-
-    Attributes:
-        store: the embeddings.
-        pipeline: of the text encoders, while they are in memory; None: they are not.
-    """
+    """Prompts to conditioning: each is computed once and kept."""
 
     def __init__(
         self,
@@ -60,12 +54,10 @@ class PromptEncoder:
         Args:
             load: gives the pipeline, as `load_encoders`.
             encode: (pipeline, prompts) to conditioning by name, a row per prompt.
-            store: where conditioning is kept.
-            device: where it goes.
         """
         self._load, self._encode, self._device = load, encode, device
         self.store = store
-        self.pipeline: Any = None
+        self.pipeline: Any = None  # of the text encoders, while they are in memory
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts to conditioning on the device, [prompts, ...] by name.
@@ -84,10 +76,7 @@ class PromptEncoder:
         """Encode all prompts that a run will need, then let the text encoders go.
 
         Without a folder the store is in memory alone, and so the encoders stay for what else comes.
-
-        Args:
-            prompts: in any order, known ones and repeated ones among them.
-            say: told where that may take a while.
+        `say` is told where that may take a while.
 
         Raises:
             ModelError: the disk has no room for them.
@@ -135,14 +124,7 @@ def load_encoders(
 ) -> Any:
     """The checkpoint's pipeline with its text encoders and tokenizers alone.
 
-    Args:
-        checkpoint: whose.
-        present: other components, into which some pipelines look for sizes.
-        dtype: of the text encoders' weights.
-        device: where they go.
-
-    Raises:
-        ModelError: they cannot be loaded, or weights are missing.
+    `present` are other components, into which some pipelines look for sizes.
     """
     absent = {
         name: None
@@ -161,11 +143,7 @@ def load_encoders(
 
 
 def count_tokens(checkpoint: Components, text: str) -> int:
-    """Tokens of a text, by the checkpoint's tokenizer.
-
-    Roughly, where its files are not here: of a hub's checkpoint of which nothing but the
-    configurations is needed.
-    """
+    """Tokens of a text, by the checkpoint's tokenizer; roughly, where its files are not here."""
     folder = checkpoint.folder / "tokenizer"
     if not any(folder.glob("*")):
         return math.ceil(len(text) / _LETTERS_PER_TOKEN)
@@ -184,8 +162,10 @@ def stack(rows: Sequence[Tensor]) -> Tensor:
 # --- the store ---
 
 
-def cache_folder() -> Path:
-    """`TREEGRPO_CACHE`, else `treegrpo` in the user's cache folder."""
+def cache_folder(setting: str) -> Path:
+    """What `model.embedding_cache` names; "auto" is TREEGRPO_CACHE or the user's cache folder."""
+    if setting != "auto":
+        return Path(setting)
     if folder := os.environ.get("TREEGRPO_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "treegrpo"
@@ -194,10 +174,7 @@ def cache_folder() -> Path:
 def model_key(folder: Path, parts: Iterable[str], settings: str) -> str:
     """A name for "what these text encoders give": from their files, settings and libraries.
 
-    Args:
-        folder: the checkpoint.
-        parts: its text encoders and tokenizers.
-        settings: what else decides an embedding (dtype, prompt length).
+    `settings` is what else decides an embedding: dtype, prompt length.
     """
     digest = hashlib.sha256(f"{settings} {versions(_LIBRARIES)}".encode())
     for part in sorted(parts):
@@ -212,18 +189,9 @@ def model_key(folder: Path, parts: Iterable[str], settings: str) -> str:
 
 
 class EmbeddingStore:
-    """Prompt to named tensors, on the CPU.
-
-    Attributes:
-        folder: a file per prompt; None: everything stays in memory.
-    """
+    """Prompt to named tensors, on the CPU: a file of `folder` per prompt; None: in memory alone."""
 
     def __init__(self, folder: Path | None) -> None:
-        """Makes the folder.
-
-        Raises:
-            OSError: it cannot be made.
-        """
         self.folder = folder
         self._recent: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._bytes = 0

@@ -25,6 +25,11 @@ class Wan(Policy):
     lora_targets: ClassVar = ("to_k", "to_out.0", "to_q", "to_v")  # Flow-GRPO's
 
     @classmethod
+    def pixels_per_latent(cls, configs: Configs) -> int:
+        """In height and in width; where the configuration leaves it out, the decoder's default."""
+        return int(configs["vae"].get("scale_factor_spatial", 8))
+
+    @classmethod
     def default_size(cls, configs: Configs) -> tuple[int, int]:
         """The pipeline's own."""
         return cls.defaults.size
@@ -32,7 +37,7 @@ class Wan(Policy):
     @classmethod
     def size_multiple(cls, configs: Configs) -> int:
         """A patch of latents in pixels."""
-        return _scale(configs) * int(configs["transformer"]["patch_size"][1])
+        return cls.pixels_per_latent(configs) * int(configs["transformer"]["patch_size"][1])
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
@@ -50,7 +55,7 @@ class Wan(Policy):
         """Channels, frames, height, width."""
         assert self.sampling.frames is not None
         height, width = self.sampling.size
-        scale = _scale(self.configs)
+        scale = self.pixels_per_latent(self.configs)
         return (
             self.configs["transformer"]["in_channels"],
             (self.sampling.frames - 1) // _time_scale(self.configs) + 1,
@@ -94,14 +99,6 @@ class Wan(Policy):
         return decode(self.vae, unstandardized(self.vae, latents)).transpose(1, 2)
 
 
-# Wan 2.1's decoder configurations leave these two out: the class's defaults.
-
-
-def _scale(configs: Configs) -> int:
-    """Pixels per latent, in height and in width."""
-    return int(configs["vae"].get("scale_factor_spatial", 8))
-
-
 def _time_scale(configs: Configs) -> int:
-    """Frames per latent."""
+    """Frames per latent; where the configuration leaves it out, the decoder's default."""
     return int(configs["vae"].get("scale_factor_temporal", 4))

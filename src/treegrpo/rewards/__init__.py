@@ -1,7 +1,6 @@
 """Rewards: what one is, how to name one, and how to ask it without trusting it.
 
-Left out: the rewards themselves. Each is a file of this folder, imported once it is asked for, so
-that this page imports neither torch nor a reward model.
+Left out: the rewards themselves, each a file of this folder that is imported once it is asked for.
 """
 
 from treegrpo.rewards.registry import BUILT_IN, Reward, check_reward, load_reward

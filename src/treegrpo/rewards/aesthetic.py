@@ -7,12 +7,12 @@ Left out: version 1, and predictors on other CLIPs than ViT-L/14.
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from treegrpo.errors import UserError
-from treegrpo.rewards.checkpoints import Placement, find_checkpoint, read_weights
+from treegrpo.rewards.checkpoints import Placement, find_file, read_weights
 from treegrpo.rewards.clip_models import Clip, find_clip, load_model, process_pictures
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,14 +33,9 @@ class Aesthetic:
     Args:
         path: the predictor's weights, sac+logos+ava1-l14-linearMSE.pth: a file, its folder or a
             hub repository; None: trl-lib/ddpo-aesthetic-predictor.
-        device: a torch device, or "auto" for that of the images.
-        dtype: "float32" or "bfloat16".
-        batch_size: images at once.
+        device, dtype, batch_size: those of `Placement`.
         clip_path: CLIP ViT-L/14 in transformers' format, a local folder or a hub repository; None:
             openai/clip-vit-large-patch14.
-
-    Raises:
-        UserError: an option's value is not allowed, or a checkpoint is missing or incomplete.
     """
 
     def __init__(
@@ -53,9 +48,7 @@ class Aesthetic:
     ) -> None:
         placement = Placement(device, dtype, batch_size)
         self.layers = _read_predictor(path)
-        folder = find_clip(
-            clip_path, CLIP_REPOSITORY, "clip_path", tokenizer=False, image_processor=False
-        )
+        folder = find_clip(clip_path, CLIP_REPOSITORY, "clip_path", needs=())
         from transformers import CLIPImageProcessorPil, CLIPVisionModelWithProjection
 
         model = load_model(CLIPVisionModelWithProjection, folder, "clip_path")
@@ -76,9 +69,7 @@ class Aesthetic:
 
         self.clip = Clip(model, preprocess, None, placement)
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """Score N images, float [N, 3, H, W] in [0, 1]: float32 [N]. Nothing else is used."""
         from torch.nn import functional
 
@@ -91,19 +82,12 @@ class Aesthetic:
 def _read_predictor(path: str | None) -> list[tuple[Tensor, Tensor]]:
     """Weight and bias of the predictor's linear layers."""
     source = f"{FILES[0]} of github.com/christophschuhmann/improved-aesthetic-predictor"
-    if path is not None and Path(path).expanduser().is_file():
-        file = Path(path).expanduser()
-    else:
-        folder = find_checkpoint(path, REPOSITORY, FILES)
-        file = next(
-            (folder / name for name in FILES if (folder / name).is_file()), folder / FILES[0]
-        )
+    file = find_file(path, REPOSITORY, FILES)
     state = read_weights(file, source)
     try:
-        layers = [
+        return [
             (state[f"layers.{layer}.weight"].float(), state[f"layers.{layer}.bias"].float())
             for layer in LINEAR_LAYERS
         ]
     except (KeyError, TypeError, IndexError, AttributeError) as error:
         raise UserError(f"option path: {file} is another network than {source}") from error
-    return layers

@@ -1,7 +1,6 @@
 """What reward models share: where they run, and finding and reading their checkpoints.
 
-Left out: building the models, which each reward's file does, and checkpoints of the models that are
-trained (`treegrpo.models`).
+Left out: building the models, which each reward's file does; the trained models' checkpoints.
 """
 
 from __future__ import annotations
@@ -65,7 +64,6 @@ def find_checkpoint(
 
     Args:
         path: a local folder or file (then its folder), a hub repository, or None for `repository`.
-        repository: the customary hub repository, named in messages.
         files: the names or patterns of the files that the reward wants from a hub repository.
         option: the option that gave `path`, for messages.
         beside: a local folder that these files belong into, for messages.
@@ -103,8 +101,19 @@ def find_checkpoint(
         ) from error
 
 
+def find_file(path: str | None, repository: str, names: list[str]) -> Path:
+    """The file that `path` names, or that of a checkpoint's folder; see `find_checkpoint`.
+
+    There it has one of these names; where it is missing, the path has the first.
+    """
+    folder = find_checkpoint(path, repository, names)
+    if path is not None and Path(path).expanduser().is_file():
+        return Path(path).expanduser()
+    return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
+
+
 def read_weights(file: Path, source: str) -> Any:
-    """The content of a torch file: tensors and plain containers only, on the CPU.
+    """The tensors and plain containers in a torch file, on the CPU.
 
     Raises:
         UserError: the file is missing or is not such a file. `source` says where to get it.

@@ -1,9 +1,7 @@
-"""What the rewards built on CLIP share: loading a model, preparing pictures, embedding.
+"""What the rewards built on CLIP (transformers' own) share: loading, preparing pictures, embedding.
 
-The model is transformers' CLIPModel for all of them.
-
-Left out: open_clip, which would need a torchvision built for the installed torch, and package
-indexes offer that for CUDA only; what a score is made of, which each reward's file says.
+Left out: what a score is made of, which each reward's file says; open_clip, which would need a
+torchvision built for the installed torch, and package indexes offer that for CUDA only.
 """
 
 from __future__ import annotations
@@ -37,17 +35,11 @@ def find_clip(
     repository: str,
     option: str = "path",
     *,
-    tokenizer: bool = True,
-    image_processor: bool = True,
+    needs: tuple[str, ...] = ("tokenizer", "image_processor"),
 ) -> Path:
     """The local folder of a CLIP checkpoint in transformers' format; see `find_checkpoint`.
 
-    Args:
-        path: a local folder or a hub repository; None: `repository`.
-        repository: the checkpoint's own hub repository.
-        option: the name of the option that `path` comes from, for messages.
-        tokenizer: whether the folder must hold one.
-        image_processor: whether the folder must hold its configuration.
+    `needs` is what the folder must hold beside the model.
 
     Raises:
         UserError: as `find_checkpoint`, or the folder lacks files; the message lists all of them.
@@ -57,18 +49,13 @@ def find_clip(
         # Some repositories hold nothing but the older format, which the others hold as well.
         folder = find_checkpoint(path, repository, [*CLIP_FILES, "pytorch_model*"], option)
     weights = [*folder.glob("model*.safetensors*"), *folder.glob("pytorch_model*")]
-    missing = [
-        name
-        for name, is_missing in {
-            "config.json": not (folder / "config.json").is_file(),
-            "tokenizer.json (or vocab.json and merges.txt)": tokenizer
-            and not has_tokenizer(folder),
-            "preprocessor_config.json": image_processor
-            and not (folder / "preprocessor_config.json").is_file(),
-            "model.safetensors (or pytorch_model.bin)": not weights,
-        }.items()
-        if is_missing
-    ]
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if "tokenizer" in needs and not has_tokenizer(folder):
+        missing.append("tokenizer.json (or vocab.json and merges.txt)")
+    if "image_processor" in needs and not (folder / "preprocessor_config.json").is_file():
+        missing.append("preprocessor_config.json")
+    if not weights:
+        missing.append("model.safetensors (or pytorch_model.bin)")
     if missing:
         raise UserError(
             f"option {option}: {folder} lacks {', '.join(missing)}; fetch the checkpoint with "
@@ -81,8 +68,7 @@ def load_model(kind: Any, folder: Path | None, option: str = "path", **arguments
     """A CLIP model of class `kind`, float32, for inference; `arguments` go to `from_pretrained`.
 
     Raises:
-        UserError: the folder holds no such model. A weight that is missing counts, which
-            transformers would replace by a random one.
+        UserError: the folder holds no such model, or lacks weights, which would stay random.
     """
     import torch
 
@@ -105,11 +91,7 @@ def load_model(kind: Any, folder: Path | None, option: str = "path", **arguments
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The CLIP tokenizer in `folder`.
-
-    Raises:
-        UserError: it has none. transformers would go on with an empty vocabulary.
-    """
+    """The CLIP tokenizer in `folder`; UserError: it has none, whose vocabulary would be empty."""
     from transformers import CLIPTokenizer
 
     if not has_tokenizer(folder):
@@ -126,50 +108,28 @@ def has_tokenizer(folder: Path) -> bool:
     return any(all((folder / name).is_file() for name in names) for names in alternatives)
 
 
-def _load_image_processor(folder: Path) -> Any:
-    """The resizing, cropping and normalizing that a checkpoint in transformers' format asks for.
-
-    Always the variant on PIL, which the checkpoints were trained and published with: torchvision's
-    resizes a little differently.
-
-    Raises:
-        UserError: its preprocessor_config.json cannot be read.
-    """
-    from transformers import CLIPImageProcessorPil
-
-    try:
-        return CLIPImageProcessorPil.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"option path: preprocessor_config.json in {folder} cannot be read ({reason(error)})"
-        ) from error
-
-
 def process_pictures(processor: Any, pictures: Tensor) -> Tensor:
     """Put pictures, uint8 [N, 3, H, W], through a PIL image processor: float32 [N, 3, h, w]."""
     from PIL import Image
 
-    arrays = pictures.permute(0, 2, 3, 1).cpu().numpy()
-    images = [Image.fromarray(array) for array in arrays]
+    images = [Image.fromarray(one) for one in pictures.permute(0, 2, 3, 1).cpu().numpy()]
     pixels: Tensor = processor(images, return_tensors="pt")["pixel_values"]
     return pixels
 
 
 def load_clip(path: str | None, repository: str) -> tuple[Any, Callable[[Tensor], Tensor], Any]:
-    """Model, preprocessing and tokenizer of a CLIP checkpoint in transformers' format.
-
-    Args:
-        path: as for `find_checkpoint`.
-        repository: the customary hub repository.
-
-    Raises:
-        UserError: the checkpoint is missing or incomplete.
-    """
-    from transformers import CLIPModel
+    """Model, preprocessing and tokenizer of a CLIP checkpoint; see `find_clip`."""
+    from transformers import CLIPImageProcessorPil, CLIPModel
 
     folder = find_clip(path, repository)
     tokenizer = load_tokenizer(folder)
-    processor = _load_image_processor(folder)
+    try:
+        # On PIL, as checkpoints were trained and published: torchvision resizes a bit differently.
+        processor = CLIPImageProcessorPil.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"option path: preprocessor_config.json in {folder} cannot be read ({reason(error)})"
+        ) from error
     return load_model(CLIPModel, folder), partial(process_pictures, processor), tokenizer
 
 
@@ -178,9 +138,9 @@ class Clip:
 
     Args:
         model: transformers' CLIPModel, or CLIPVisionModelWithProjection where no prompt matters.
+            Its weights move on the first call.
         preprocess: makes the model's float32 [N, 3, S, S] of pictures, uint8 [N, 3, H, W].
         tokenizer: transformers' CLIPTokenizer, or None where no prompt matters.
-        placement: where to run; the weights move on the first call.
     """
 
     def __init__(
@@ -193,64 +153,52 @@ class Clip:
         import torch
 
         self.model = model.to(getattr(torch, placement.dtype)).eval()
-        self.preprocess = preprocess
-        self.tokenizer = tokenizer
-        self.placement = placement
+        self.preprocess, self.tokenizer, self.placement = preprocess, tokenizer, placement
 
     def similarity(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Cosine of the angle between each picture and its prompt: float32 [N].
-
-        Args:
-            images: float [N, 3, H, W] in [0, 1].
-            prompts: one per picture; each different one is embedded once.
-
-        Raises:
-            ValueError: the pictures' shape does not fit, or there is not one prompt per picture.
-        """
+        """Cosine of each picture, float [N, 3, H, W] in [0, 1], and its prompt: float32 [N]."""
         if len(images) != len(prompts):
             raise ValueError(f"{len(images)} images do not match {len(prompts)} prompts")
         pictures = self.embed_images(images)
         different = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
-        texts = self._embed_prompts(list(different), pictures.device)
+        texts = self.embed_prompts(list(different), pictures.device)
         return (pictures * texts[[different[prompt] for prompt in prompts]]).sum(1)
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Embeddings of length 1: float [N, 3, H, W] in [0, 1] to float32 [N, D].
-
-        Raises:
-            ValueError: the pictures' shape does not fit.
-        """
+        """Float [N, 3, H, W] in [0, 1] (else ValueError) to float32 [N, D], vectors of length 1."""
         import torch
-        from torch.nn import functional
 
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have the shape [N, 3, H, W], got {list(images.shape)}")
         device = self.placement.device_for(images)
-        self.model.to(device)
-        embeddings = []
-        with torch.no_grad():
-            for batch in torch.split(images, self.placement.batch_size):
-                pictures = to_uint8(batch)
-                pixels = self.preprocess(pictures).to(device, self.model.dtype)
-                pooled = self.model.vision_model(pixel_values=pixels).pooler_output
-                embeddings.append(self.model.visual_projection(pooled).float())
-        return functional.normalize(torch.cat(embeddings), dim=1)
+        batches = torch.split(images, self.placement.batch_size)
+        return torch.cat(
+            [self.embed_pixels(self.preprocess(to_uint8(batch)), device) for batch in batches]
+        )
 
-    def _embed_prompts(self, prompts: list[str], device: torch.device) -> Tensor:
+    def embed_pixels(self, pixels: Tensor, device: torch.device) -> Tensor:
+        """Embeddings of length 1, float32 [N, D], of what `preprocess` made, in one batch."""
+        import torch
+        from torch.nn import functional
+
+        model = self.model.to(device)
+        with torch.no_grad():
+            pooled = model.vision_model(pixel_values=pixels.to(device, model.dtype)).pooler_output
+            return functional.normalize(model.visual_projection(pooled).float(), dim=1)
+
+    def embed_prompts(self, prompts: list[str], device: torch.device) -> Tensor:
+        """Embeddings of length 1, float32 [N, D], on the device of the model."""
         import torch
         from torch.nn import functional
 
         assert self.tokenizer is not None
+        longest = self.model.config.text_config.max_position_embeddings
+        settings = {"padding": True, "truncation": True, "max_length": longest}
         embeddings = []
         with torch.no_grad():
             for start in range(0, len(prompts), self.placement.batch_size):
-                tokens = self.tokenizer(
-                    prompts[start : start + self.placement.batch_size],
-                    padding=True,
-                    truncation=True,
-                    max_length=self.model.config.text_config.max_position_embeddings,
-                    return_tensors="pt",
-                ).to(device)
+                part = prompts[start : start + self.placement.batch_size]
+                tokens = self.tokenizer(part, **settings, return_tensors="pt").to(device)
                 pooled = self.model.text_model(**tokens).pooler_output
                 embeddings.append(self.model.text_projection(pooled).float())
         return functional.normalize(torch.cat(embeddings), dim=1)

@@ -5,10 +5,11 @@ Left out: loading CLIP and embedding, which other rewards do too (`treegrpo.rewa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from treegrpo.rewards.checkpoints import Placement
 from treegrpo.rewards.clip_models import Clip, load_clip
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,12 +27,7 @@ class CLIPScore:
     Args:
         path: CLIP in transformers' format, a local folder or a hub repository; None:
             openai/clip-vit-large-patch14. MixGRPO uses apple/DFN5B-CLIP-ViT-H-14-378.
-        device: a torch device, or "auto" for that of the images.
-        dtype: "float32" or "bfloat16".
-        batch_size: images, or prompts, at once.
-
-    Raises:
-        UserError: an option's value is not allowed, or the checkpoint is missing or incomplete.
+        device, dtype, batch_size: those of `Placement`.
     """
 
     def __init__(
@@ -44,8 +40,6 @@ class CLIPScore:
         placement = Placement(device, dtype, batch_size)
         self.clip = Clip(*load_clip(path, REPOSITORY), placement)
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """Score N images, float [N, 3, H, W] in [0, 1]: float32 [N]. `metadata` is not used."""
         return self.clip.similarity(images, prompts)

@@ -8,15 +8,13 @@ coverage and not its hue. A shape is recognized by laying the ideal circle, squa
 the same area and centroid over the coverage: blur preserves both, whereas a bounding box of
 thresholded pixels loses a triangle's tip.
 
-Left out: drawing such pictures and writing their prompts (`treegrpo.miniature.scenes`), and any
-other kind of picture.
+Left out: drawing such pictures and writing their prompts (`miniature/scenes.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,14 +25,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from treegrpo.errors import UserError
-from treegrpo.miniature.scenes import (
-    BACKGROUND,
-    COLORS,
-    IMAGE_SIZE,
-    SHAPES,
-    parse,
-    relation_holds,
-)
+from treegrpo.miniature.scenes import BACKGROUND, COLORS, IMAGE_SIZE, SHAPES, parse, relation_holds
+from treegrpo.rewards.registry import Metadata
 
 # Lengths are in pixels of an IMAGE_SIZE picture, color distances Euclidean in [0, 1] RGB.
 VISIBLE = 0.3  # least distance from the background that people notice
@@ -73,12 +65,9 @@ class Detections:
 
 
 def detect(images: Tensor) -> Detections:
-    """Find the objects in pictures: float [N, 3, H, W] in [0, 1], of any size.
+    """Find the objects in pictures: float [N, 3, H, W] in [0, 1] (else ValueError), of any size.
 
     Everything that stands out from the background is an object, recognized or not, except specks.
-
-    Raises:
-        ValueError: the images are not [N, 3, H, W].
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"images must have the shape [N, 3, H, W], got {list(images.shape)}")
@@ -93,13 +82,8 @@ def detect(images: Tensor) -> Detections:
     band = np.maximum(np.maximum(padded[:, :-2], padded[:, 1:-1]), padded[:, 2:])
     grown = np.maximum(np.maximum(band[..., :-2], band[..., 1:-1]), band[..., 2:])
     core = labels > 0
-    for neighbor in (
-        padded[:, :-2, 1:-1],
-        padded[:, 2:, 1:-1],
-        padded[:, 1:-1, :-2],
-        padded[:, 1:-1, 2:],
-    ):
-        core &= neighbor == labels
+    for top, left in ((0, 1), (2, 1), (1, 0), (1, 2)):
+        core &= padded[:, top : top + IMAGE_SIZE, left : left + IMAGE_SIZE] == labels
 
     contrast = contrast.reshape(-1, 3)
     areas = np.bincount(labels.ravel())
@@ -236,19 +220,14 @@ def _grade(
     )
 
 
-def composition(
-    images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-) -> Tensor:
+def composition(images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
     """How far each picture shows what its prompt says: float32 [N] in [0, 1].
 
     Seen objects are assigned to asked ones so that the most agrees: 1 for color and shape, 0.5
     for one of them. The sum is divided by the number asked or seen, whichever is larger, and
     halved where the prompt's relation fails. It is 1 exactly if everything is right.
 
-    Args:
-        images: float [N, 3, H, W] in [0, 1], of any size.
-        prompts: N prompts of the miniature's grammar.
-        metadata: not used.
+    Images are float [N, 3, H, W] in [0, 1], of any size. `metadata` is not used.
 
     Raises:
         ValueError: a prompt is not of the grammar, or the images' shape does not fit.
@@ -268,13 +247,10 @@ def composition(
     )
 
 
-def composition_accuracy(
-    images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-) -> Tensor:
+def composition_accuracy(images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
     """Whether each picture shows exactly what its prompt says: float32 [N], 0 or 1.
 
     Right is: the asked objects with their counts, nothing else that is visible, and the relation.
-    Arguments and errors are those of `composition`.
     """
     return (composition(images, prompts, metadata) == 1).float()
 
@@ -282,13 +258,11 @@ def composition_accuracy(
 class Composition:
     """`composition`, as a reward that refuses prompts of another kind before a run."""
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """Float32 [N] in [0, 1]; see `composition`."""
         return composition(images, prompts, metadata)
 
-    def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
+    def check(self, prompts: list[str], metadata: Metadata) -> None:
         """Raises UserError for the first prompt that is not of the miniature's grammar."""
         for prompt in prompts:
             try:
@@ -300,8 +274,6 @@ class Composition:
 class CompositionAccuracy(Composition):
     """`composition_accuracy`, likewise."""
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """Float32 [N], 0 or 1; see `composition_accuracy`."""
         return composition_accuracy(images, prompts, metadata)

@@ -21,9 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 from treegrpo.errors import UserError
 from treegrpo.images import to_uint8
 from treegrpo.rewards.checkpoints import Placement
-from treegrpo.rewards.clip_models import find_clip, load_clip, load_model, load_tokenizer
+from treegrpo.rewards.clip_models import Clip, find_clip, load_clip, load_model, load_tokenizer
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 DETECTOR = "google/owlv2-base-patch16-ensemble"
@@ -95,20 +97,15 @@ class Detection:
 
 
 def requirements(prompt: str, metadata: Mapping[str, Any]) -> Requirements:
-    """What a picture of the prompt must show.
-
-    Raises:
-        UserError: the metadata are missing or not in GenEval's format; the message has the prompt.
-    """
+    """What a picture must show; UserError: the prompt's metadata are not in GenEval's format."""
     if "include" not in metadata:
         raise UserError(
             f"the prompt {prompt!r} has no GenEval metadata; it needs a line such as "
             '{"prompt": "a photo of two dogs", "include": [{"class": "dog", "count": 2}]}'
         )
+    given = {key: metadata[key] for key in ("include", "exclude") if metadata.get(key) is not None}
     try:
-        parsed = Requirements.model_validate(
-            {key: metadata[key] for key in ("include", "exclude") if metadata.get(key) is not None}
-        )
+        parsed = Requirements.model_validate(given)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -137,11 +134,8 @@ def grades(required: Requirements, found: Mapping[str, Sequence[Detection]]) -> 
     - position: 1 if each of the objects is there seen from each of the other clause's; 0 where a
       clause's number or color is not met.
 
-    As in the original, color and position are of the surest objects, as many as asked for.
-
-    Args:
-        required: what the picture must show.
-        found: the objects of each class, the surest first, without overlaps.
+    As in the original, color and position are of the surest objects, as many as asked for. `found`
+    has the objects of each class, the surest first, without overlaps.
     """
     limits: dict[str, int] = {}
     for unwanted in required.exclude:
@@ -203,9 +197,7 @@ def overlap(one: Sequence[float], other: Sequence[float]) -> float:
     def area(left: float, top: float, right: float, bottom: float) -> float:
         return max(right - left + 1, 0) * max(bottom - top + 1, 0)
 
-    shared = area(
-        max(one[0], other[0]), max(one[1], other[1]), min(one[2], other[2]), min(one[3], other[3])
-    )
+    shared = area(*map(max, one[:2], other[:2]), *map(min, one[2:], other[2:]))
     return shared / (area(*one) + area(*other) - shared)
 
 
@@ -246,9 +238,7 @@ def detector_pixels(pictures: Tensor, size: int) -> Tensor:
     y, x = torch.meshgrid(*[2 * place / (side - 1) - 1] * 2, indexing="ij")
     grid = torch.stack([x, y], dim=-1).expand(len(pictures), -1, -1, -1)
     pixels = functional.grid_sample(pixels, grid, padding_mode="reflection", align_corners=True)
-    mean, std = (
-        pixels.new_tensor(each).view(3, 1, 1) for each in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
-    )
+    mean, std = pixels.new_tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD]).view(2, 3, 1, 1).unbind()
     return (pixels - mean) / std
 
 
@@ -258,15 +248,14 @@ class GenEval:
     Unlike the original: OWLv2 detects, not Mask2Former, with other confidences, so that its
     thresholds (0.3, and 0.9 for counting) mean nothing here; one threshold serves all. OWLv2 finds
     an object several times, so overlaps are suppressed. There are no masks: a color is judged with
-    the background inside the box, which the original paints gray. Scores are therefore not
-    comparable with published ones.
+    the background inside the box, which the original paints gray. Published scores are therefore
+    not comparable.
 
     Args:
         path: OWLv2 in transformers' format, a local folder or a hub repository; None:
             google/owlv2-base-patch16-ensemble.
-        device: a torch device, or "auto" for that of the images.
-        dtype: "float32" or "bfloat16", which places boxes to about 1/256 of the picture only.
-        batch_size: images at once.
+        device, dtype, batch_size: those of `Placement`; bfloat16 places boxes to about 1/256 of the
+            picture only.
         color_path: CLIP in transformers' format, for colors; None: openai/clip-vit-large-patch14,
             the original's.
         score: "partial", the mean of `grades`, or "strict", 1 if they all are 1 and else 0.
@@ -275,9 +264,6 @@ class GenEval:
             union or more is the same object; 1 keeps all but identical boxes.
         classes: the names between which the detector chooses for every object; None: GenEval's 80.
             Synonyms compete with each other: leave out what your prompts do not name.
-
-    Raises:
-        UserError: an option's value is not allowed, or a checkpoint is missing or incomplete.
     """
 
     def __init__(
@@ -303,8 +289,7 @@ class GenEval:
             raise UserError(f"option classes: {classes!r} is no list of one name or more, nor null")
         self.classes = CLASSES if classes is None else tuple(classes)
         self.strict = score == "strict"
-        self.threshold = threshold
-        self.max_overlap = max_overlap
+        self.threshold, self.max_overlap = threshold, max_overlap
         self._load_detector(path)
         self._load_color_classifier(color_path)
 
@@ -312,7 +297,7 @@ class GenEval:
         import torch
         from transformers import Owlv2ForObjectDetection
 
-        folder = find_clip(path, DETECTOR, image_processor=False)
+        folder = find_clip(path, DETECTOR, needs=("tokenizer",))
         tokenizer = load_tokenizer(folder)
         self._detector = load_model(Owlv2ForObjectDetection, folder).eval()
         length = self._detector.config.text_config.max_position_embeddings
@@ -330,23 +315,17 @@ class GenEval:
         self._detector.to(getattr(torch, self.placement.dtype))
 
     def _load_color_classifier(self, path: str | None) -> None:
-        import torch
-
         try:
-            loaded = load_clip(path, COLOR_CLASSIFIER)
+            self._color_classifier = Clip(*load_clip(path, COLOR_CLASSIFIER), self.placement)
         except UserError as error:
             raise UserError(str(error).replace("option path", "option color_path")) from error
-        model, self._color_pixels, self._color_tokenizer = loaded
-        self._color_classifier = model.to(getattr(torch, self.placement.dtype)).eval()
         self._color_queries: dict[str, Tensor] = {}
 
-    def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
+    def check(self, prompts: list[str], metadata: Metadata) -> None:
         """Raises UserError for the first prompt whose metadata cannot be judged."""
         self._requirements(prompts, metadata)
 
-    def _requirements(
-        self, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> list[Requirements]:
+    def _requirements(self, prompts: list[str], metadata: Metadata) -> list[Requirements]:
         result = []
         for prompt, entry in zip(prompts, metadata or [{}] * len(prompts), strict=True):
             required = requirements(prompt, entry)
@@ -361,20 +340,8 @@ class GenEval:
             result.append(required)
         return result
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> list[float]:
-        """Detect and judge: N numbers in [0, 1].
-
-        Args:
-            images: float [N, 3, H, W] in [0, 1].
-            prompts: named in errors.
-            metadata: N entries in GenEval's format; see `Requirements`.
-
-        Raises:
-            UserError: as `check`.
-            ValueError: the images' shape does not fit.
-        """
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> list[float]:
+        """Judge N images, float [N, 3, H, W] in [0, 1], by their metadata: N numbers in [0, 1]."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must have the shape [N, 3, H, W], got {list(images.shape)}")
         asked = self._requirements(prompts, metadata)
@@ -396,15 +363,13 @@ class GenEval:
         from transformers.image_transforms import center_to_corners_format
 
         height, width = pictures.shape[2:]
-        self._detector.to(pictures.device)
-        size = self._detector.config.vision_config.image_size
-        pixels = detector_pixels(pictures, size)
+        detector = self._detector.to(pictures.device)
+        pixels = detector_pixels(pictures, detector.config.vision_config.image_size)
         with torch.no_grad():
-            grid, _ = self._detector.image_embedder(pixels.to(self._detector.dtype))
+            grid, _ = detector.image_embedder(pixels.to(detector.dtype))
             places = grid.flatten(1, 2)
-            queries = self._queries.to(places)
-            logits, _ = self._detector.class_predictor(places, queries)
-            boxes = self._detector.box_predictor(places, grid)
+            logits, _ = detector.class_predictor(places, self._queries.to(places))
+            boxes = detector.box_predictor(places, grid)
         score, label = logits.float().sigmoid().max(-1)
         # Relative to the square that the picture was padded to; what lies in the padding is cut.
         corners = center_to_corners_format(boxes.float()) * max(height, width)
@@ -413,19 +378,12 @@ class GenEval:
         result = []
         for index, mask in enumerate(seen):
             objects: dict[str, list[Detection]] = {}
-            for box, sure, kind in zip(
-                corners[index, mask].tolist(),
-                score[index, mask].tolist(),
-                label[index, mask].tolist(),
-                strict=True,
-            ):
+            kept = (values[index, mask].tolist() for values in (corners, score, label))
+            for box, sure, kind in zip(*kept, strict=True):
                 objects.setdefault(self.classes[kind], []).append(Detection(tuple(box), sure))
-            result.append(
-                {
-                    name: suppress_overlaps(detections, self.max_overlap)
-                    for name, detections in objects.items()
-                }
-            )
+            for name, detections in objects.items():
+                objects[name] = suppress_overlaps(detections, self.max_overlap)
+            result.append(objects)
         return result
 
     def _color(
@@ -447,9 +405,8 @@ class GenEval:
             left, top, right, bottom = (round(edge) for edge in found[index][name][rank].box)
             # At least a pixel, where the box rounds to none.
             top, left = min(top, pictures.shape[2] - 1), min(left, pictures.shape[3] - 1)
-            crops.append(
-                pictures[index, :, top : max(bottom, top + 1), left : max(right, left + 1)]
-            )
+            rows, columns = slice(top, max(bottom, top + 1)), slice(left, max(right, left + 1))
+            crops.append(pictures[index, :, rows, columns])
         colors = self.classify_colors(crops, [name for _, name, _ in wanted])
         for (index, name, rank), color in zip(wanted, colors, strict=True):
             found[index][name][rank] = replace(found[index][name][rank], color=color)
@@ -461,39 +418,31 @@ class GenEval:
         is the mean embedding of `COLOR_TEMPLATES`.
         """
         import torch
-        from torch.nn import functional
 
         result: list[Color] = []
         for start in range(0, len(crops), self.placement.batch_size):
-            batch = crops[start : start + self.placement.batch_size]
-            model = self._color_classifier.to(batch[0].device)
-            pixels = torch.cat([self._color_pixels(crop[None]) for crop in batch])
-            queries = torch.stack(
-                [self._color_query(name) for name in names[start : start + len(batch)]]
+            part = slice(start, start + self.placement.batch_size)
+            device = crops[start].device
+            pixels = torch.cat(
+                [self._color_classifier.preprocess(crop[None]) for crop in crops[part]]
             )
-            with torch.no_grad():
-                features = model.get_image_features(pixels.to(model.device, model.dtype))
-            embeddings = functional.normalize(features.pooler_output.float(), dim=-1)
+            embeddings = self._color_classifier.embed_pixels(pixels, device)
+            queries = torch.stack([self._color_query(name, device) for name in names[part]])
             nearest = torch.einsum("ncd,nd->nc", queries, embeddings).argmax(1)
             result += [COLORS[index] for index in nearest.tolist()]
         return result
 
-    def _color_query(self, name: str) -> Tensor:
+    def _color_query(self, name: str, device: torch.device) -> Tensor:
         """What the colors of a class look like to CLIP: float32 [10, D]."""
-        import torch
         from torch.nn import functional
 
-        model = self._color_classifier
         if name not in self._color_queries:
             texts = [
                 template.format(color=color, name=name)
                 for color in COLORS
                 for template in COLOR_TEMPLATES
             ]
-            tokens = self._color_tokenizer(texts, padding=True, return_tensors="pt")
-            with torch.no_grad():
-                features = model.get_text_features(**tokens.to(model.device)).pooler_output
-            each = functional.normalize(features.float(), dim=-1)
+            each = self._color_classifier.embed_prompts(texts, device)
             mean = each.view(len(COLORS), len(COLOR_TEMPLATES), -1).mean(1)
             self._color_queries[name] = functional.normalize(mean, dim=-1)
-        return self._color_queries[name].to(model.device)
+        return self._color_queries[name].to(device)

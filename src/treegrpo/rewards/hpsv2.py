@@ -8,12 +8,12 @@ from __future__ import annotations
 import html
 import re
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError
-from treegrpo.rewards.checkpoints import Placement, find_checkpoint, read_weights
+from treegrpo.rewards.checkpoints import Placement, find_checkpoint, find_file, read_weights
 from treegrpo.rewards.clip_models import Clip, has_tokenizer, load_model, load_tokenizer
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,16 +52,10 @@ class HPSv2:
     The `hpsv2` package gives the same number, in half precision on a GPU.
 
     Args:
-        path: HPS_v2.1_compressed.pt: a file, its folder or a hub repository; None: xswu/HPSv2. The
-            version 2.0 file works too. The tokenizer is taken from the same folder where it is
-            there (tokenizer.json, or vocab.json and merges.txt), else from the hub's
-            laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
-        device: a torch device, or "auto" for that of the images.
-        dtype: "float32" or "bfloat16".
-        batch_size: images, or prompts, at once.
-
-    Raises:
-        UserError: an option's value is not allowed, or the checkpoint is missing or incomplete.
+        path: HPS_v2.1_compressed.pt or version 2.0's: a file, its folder or a hub repository; None:
+            xswu/HPSv2. The tokenizer (tokenizer.json, or vocab.json and merges.txt) is taken from
+            the same folder, else from the hub's laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
+        device, dtype, batch_size: those of `Placement`.
     """
 
     def __init__(
@@ -72,10 +66,7 @@ class HPSv2:
         batch_size: int = 32,
     ) -> None:
         placement = Placement(device, dtype, batch_size)
-        if path is not None and Path(path).expanduser().is_file():
-            file = Path(path).expanduser()
-        else:
-            file = find_checkpoint(path, REPOSITORY, [FILE]) / FILE
+        file = find_file(path, REPOSITORY, [FILE])
         checkpoint = read_weights(file, f"{FILE} of the hub's {REPOSITORY}")
         folder = file.parent
         if not has_tokenizer(folder):
@@ -92,24 +83,13 @@ class HPSv2:
         preprocess = partial(fit_pictures, size=model.config.vision_config.image_size)
         self.clip = Clip(model, preprocess, tokenizer, placement)
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """Score N images, float [N, 3, H, W] in [0, 1]: float32 [N]. `metadata` is not used."""
         return self.clip.similarity(images, [clean(prompt) for prompt in prompts])
 
 
 def fit_pictures(pictures: Tensor, size: int) -> Tensor:
-    """Fit the whole of each picture into a black square and normalize it.
-
-    Args:
-        pictures: uint8 [N, 3, H, W].
-        size: side of the square.
-
-    Returns:
-        float32 [N, 3, size, size], on the pictures' device.
-    """
-    import torch
+    """Letterbox and normalize pictures, uint8 [N, 3, H, W]: float32 [N, 3, size, size]."""
     from torch.nn import functional
     from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -123,9 +103,8 @@ def fit_pictures(pictures: Tensor, size: int) -> Tensor:
         )
     top, left = (size - height) // 2, (size - width) // 2
     pixels = functional.pad(pixels, (left, size - width - left, top, size - height - top))
-    mean, std = torch.tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD], device=pixels.device)
-    normalized: Tensor = (pixels - mean[:, None, None]) / std[:, None, None]
-    return normalized
+    mean, std = pixels.new_tensor([OPENAI_CLIP_MEAN, OPENAI_CLIP_STD]).view(2, 3, 1, 1).unbind()
+    return (pixels - mean) / std
 
 
 def clean(prompt: str) -> str:

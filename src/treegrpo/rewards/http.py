@@ -4,8 +4,8 @@ What may pass (no connection, silence, HTTP 408, 425, 429, 500, 502 and above) i
 waits that double, up to a limit. What will not (a refused token, an unknown address, an answer that
 makes no sense) is an error at once.
 
-Left out: what is asked (`treegrpo.rewards.remote`, `treegrpo.rewards.vlm_judge`). A library for
-retries would give the loop alone: when to stop, how long to wait and what to say are all our own.
+Left out: what is asked (`remote.py`, `vlm_judge.py`). A library for retries would give the loop
+alone: when to stop, how long to wait and what to say are all our own.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ LONGEST_WAIT = 15.0
 CONNECT_SECONDS = 10.0  # a host that is down may not even refuse
 MAX_ANSWER_BYTES = 64 * 2**20
 NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
+PASSING = (
+    httpx2.TimeoutException,
+    httpx2.NetworkError,
+    httpx2.RemoteProtocolError,
+    httpx2.ProxyError,
+)
 # A server that answers 500 is there, and its fault is often the same each time.
 ATTEMPTS_AT_500 = 5
 # Rate limits are everyday; they are worth a line where they hold up a request for so long.
@@ -43,13 +49,9 @@ _Result = TypeVar("_Result")
 
 
 class ServerError(RuntimeError):
-    """A server gave no answer for too long, refused, or answered nonsense.
+    """A server gave no answer for too long, refused, or answered nonsense."""
 
-    Attributes:
-        status: of a refusal.
-    """
-
-    status: int | None = None
+    status: int | None = None  # of a refusal
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,6 @@ class Endpoint:
 
     Args:
         kind: what it is in messages, such as "reward server".
-        url: where; paths are appended.
         headers: sent with every request. Not for secrets: a configuration holds them.
         token_env: the environment variable with a secret.
         token_header: the header that takes it, after "Bearer" if it is Authorization.
@@ -130,11 +131,7 @@ class Endpoint:
         self._closed.set()
 
     def request(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        """Send a request, with patience, and return the JSON object that answers it.
-
-        Raises:
-            ServerError: names the address and what was wrong.
-        """
+        """Send a request, with patience, and return the JSON object that answers it."""
         address = self.url + path
         content = None if body is None else json.dumps(body, allow_nan=False).encode()
         attempts = failures_500 = 0
@@ -142,8 +139,7 @@ class Endpoint:
         answered = False
         try:
             while True:
-                if self._closed.is_set():
-                    raise ServerError(f"{self.kind} {self.url}: no longer asked, it was closed")
+                self._check_open()
                 answer = self._attempt(method, address, content)
                 if not isinstance(answer, _Fault):
                     answered = True
@@ -169,24 +165,14 @@ class Endpoint:
             self._end_of_wait(answered)
 
     def _attempt(self, method: str, address: str, content: bytes | None) -> dict[str, Any] | _Fault:
-        headers = {} if content is None else {"Content-Type": "application/json"}
         what = f"{method} {address}"
         try:
-            status, received, text = self._exchange(method, address, content, headers)
-        except (
-            httpx2.TimeoutException,
-            httpx2.NetworkError,
-            httpx2.RemoteProtocolError,
-            httpx2.ProxyError,
-        ) as error:
+            status, received, text = self._exchange(method, address, content)
+        except httpx2.RequestError as error:
             text = f"{what}: {type(error).__name__}: {self._shown(str(error))}"
-            if _is_encryption_fault(error):
+            if not isinstance(error, PASSING) or _is_encryption_fault(error):
                 raise ServerError(text) from error
             return _Fault(text)
-        except httpx2.RequestError as error:
-            raise ServerError(
-                f"{what}: {type(error).__name__}: {self._shown(str(error))}"
-            ) from error
         try:
             answer = json.loads(text)
         except (ValueError, RecursionError):
@@ -196,8 +182,11 @@ class Endpoint:
             said = f"{what} answered HTTP {status}: {self._shown(_reason(answer, text))}"
             if status == 200 and isinstance(told, dict) and isinstance(told.get("code"), int):
                 status = told["code"]  # a gateway passes on what another server answered
-            if _is_passing(status):
-                return _Fault(said, status, _retry_after(received.get("Retry-After")))
+            if status in (408, 425, 429, 500) or status >= 502:
+                # The header's other form, a date, is not worth a clock's trust.
+                seconds = received.get("Retry-After", "")
+                pause = float(seconds) if re.fullmatch(r"\d{1,6}", seconds) else 0.0
+                return _Fault(said, status, pause)
             if status in (401, 403) and self._token is None:
                 said += " (token_env names the environment variable with a token)"
             if 300 <= status < 400:
@@ -210,20 +199,19 @@ class Endpoint:
         return answer
 
     def _exchange(
-        self, method: str, address: str, content: bytes | None, headers: Mapping[str, str]
+        self, method: str, address: str, content: bytes | None
     ) -> tuple[int, Mapping[str, str], str]:
         """Status, headers and text of the answer; one that never ends is broken off."""
+        headers = {} if content is None else {"Content-Type": "application/json"}
         deadline = time.monotonic() + self._attempt_seconds
         received = bytearray()
         with self._client.stream(method, address, content=content, headers=headers) as response:
             for part in response.iter_bytes():
                 received += part
-                if self._closed.is_set():
-                    raise ServerError(f"{self.kind} {self.url}: no longer asked, it was closed")
+                self._check_open()
                 if len(received) > MAX_ANSWER_BYTES:
-                    raise ServerError(
-                        f"{method} {address} answered more than {MAX_ANSWER_BYTES:,} bytes"
-                    )
+                    most = f"{MAX_ANSWER_BYTES:,} bytes"
+                    raise ServerError(f"{method} {address} answered more than {most}")
                 if time.monotonic() > deadline:
                     raise ServerError(
                         f"{method} {address} was still answering after "
@@ -232,18 +220,17 @@ class Endpoint:
             text = received.decode(response.encoding or "utf-8", "replace")
             return response.status_code, response.headers, text
 
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise ServerError(f"{self.kind} {self.url}: no longer asked, it was closed")
+
     def _announce(self, fault: str, left: float) -> None:
         """Say once per outage that requests wait."""
         with self._lock:
             if not self._waiting:
                 self._outage_start = time.monotonic()
-                _log.warning(
-                    "%s %s does not answer, retrying for up to %.0f s (%s)",
-                    self.kind,
-                    self.url,
-                    left,
-                    fault,
-                )
+                told = "%s %s does not answer, retrying for up to %.0f s (%s)"
+                _log.warning(told, self.kind, self.url, left, fault)
             self._waiting.add(threading.get_ident())
 
     def _end_of_wait(self, answered: bool) -> None:
@@ -271,11 +258,7 @@ def check_number(
     above: float | None = None,
     whole: bool = False,
 ) -> None:
-    """Refuse an option that is not a number in its range.
-
-    Raises:
-        UserError: names the option, the value and the range.
-    """
+    """Refuse, with a UserError, an option that is not a number in its range."""
     allowed = "a whole number" if whole else "a number"
     kinds = (int,) if whole else (int, float)
     fits = isinstance(value, kinds) and not isinstance(value, bool) and abs(value) < float("inf")
@@ -344,11 +327,6 @@ def _check_header_name(option: str, name: object) -> None:
         raise UserError(f"option {option}: got the name {name!r}, which is none of a header")
 
 
-def _is_passing(status: int) -> bool:
-    """Whether another attempt may succeed: the server, or one before it, is busy or broken."""
-    return status in (408, 425, 429, 500) or status >= 502
-
-
 def _is_encryption_fault(error: BaseException | None) -> bool:
     """Whether the server's certificate is wrong, or there is no TLS at all on that port."""
     while error is not None:
@@ -366,8 +344,3 @@ def _reason(answer: object, text: str) -> str:
     if isinstance(error, dict):
         error = error.get("message")
     return error if isinstance(error, str) and error else text or "(no body)"
-
-
-def _retry_after(value: str | None) -> float:
-    """Seconds that a server asks to wait; its other form, a date, is not worth a clock's trust."""
-    return float(value) if value and re.fullmatch(r"\d{1,6}", value) else 0.0

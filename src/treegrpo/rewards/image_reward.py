@@ -2,9 +2,8 @@
 
 A vision transformer reads the picture, a BERT that attends to it reads the prompt, and a small
 head turns the prompt's first token into a score, which is about standard normal on the pictures
-that the authors had rated. The networks are transformers' BLIP classes with the names of the
-original checkpoint (https://huggingface.co/THUDM/ImageReward, `ImageReward.pt`), because the
-original package (https://github.com/THUDM/ImageReward) does not import with transformers 5.
+that the authors had rated. The networks are transformers' BLIP classes, because the original
+package (https://github.com/THUDM/ImageReward) does not import with transformers 5;
 `benchmarks/image_reward_parity.py` holds the scores against that package's own.
 
 Left out: the authors' ReFL, which trains through the score's gradient.
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError
 from treegrpo.images import to_uint8
-from treegrpo.rewards.checkpoints import Placement, find_checkpoint, read_weights
+from treegrpo.rewards.checkpoints import Placement, find_checkpoint, find_file, read_weights
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     import numpy as np
@@ -88,15 +88,8 @@ class ImageReward:
 
     Args:
         path: `ImageReward.pt`, a folder or a hub name that holds it; None is THUDM/ImageReward.
-            The tokenizer is bert-base-uncased's: `vocab.txt` or `tokenizer.json` beside
-            `ImageReward.pt`, else the hub's.
-        device: where it runs, such as "cuda:1"; "auto" is where the pictures are.
-        dtype: of the two transformers, "float32" or "bfloat16". The head is always float32.
-        batch_size: how many pictures are scored at a time.
-
-    Raises:
-        UserError: an option is not allowed, a file is missing, or the checkpoint is not an intact
-            ImageReward-v1.0.
+            The tokenizer, bert-base-uncased's, is taken from beside it, else from the hub.
+        device, dtype, batch_size: those of `Placement`. The head is always float32.
     """
 
     def __init__(
@@ -109,29 +102,14 @@ class ImageReward:
         self.placement = Placement(device, dtype, batch_size)
         import torch
 
-        folder = find_checkpoint(path, REPOSITORY, [CHECKPOINT_FILE])
-        given = Path(path or "").expanduser()
-        self._tokenizer = _load_tokenizer(folder)
-        self._network = _load_network(given if given.is_file() else folder / CHECKPOINT_FILE)
+        file = find_file(path, REPOSITORY, [CHECKPOINT_FILE])
+        self._tokenizer = _load_tokenizer(file.parent)
+        self._network = _load_network(file)
         for name in ("vision", "text"):
             self._network[name].to(getattr(torch, dtype))
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> Tensor:
-        """Score N pictures for their prompts.
-
-        Args:
-            images: float [N, 3, H, W] in [0, 1], of any size.
-            prompts: N prompts.
-            metadata: not used.
-
-        Returns:
-            Scores, float32 [N], on the device that computed them.
-
-        Raises:
-            ValueError: the images are not [N, 3, H, W], or not as many as the prompts.
-        """
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
+        """Score N images, float [N, 3, H, W] in [0, 1]: float32 [N]. `metadata` is not used."""
         import torch
 
         if images.ndim != 4 or images.shape[1] != 3:
@@ -149,19 +127,12 @@ class ImageReward:
     def _score(self, pixels: Tensor, prompts: list[str]) -> Tensor:
         import torch
 
-        tokens = self._tokenizer(
-            prompts,
-            padding="max_length",
-            truncation=True,
-            max_length=MAX_TOKENS,
-            return_tensors="pt",
-        ).to(pixels.device)
+        settings = {"padding": "max_length", "truncation": True, "max_length": MAX_TOKENS}
+        tokens = self._tokenizer(prompts, **settings, return_tensors="pt").to(pixels.device)
         with torch.no_grad():
             picture = self._network["vision"](pixels).last_hidden_state
             text = self._network["text"](
-                tokens.input_ids,
-                attention_mask=tokens.attention_mask,
-                encoder_hidden_states=picture,
+                tokens.input_ids, tokens.attention_mask, encoder_hidden_states=picture
             ).last_hidden_state
             raw: Tensor = self._network["head"](text[:, 0].float())[:, 0]
         return (raw - SCORE_MEAN) / SCORE_STD
@@ -170,17 +141,13 @@ class ImageReward:
 def preprocess(images: Tensor) -> Tensor:
     """What the vision transformer reads, bit for bit as the original makes it from PIL images.
 
-    Args:
-        images: float [N, 3, H, W] in [0, 1].
-
-    Returns:
-        float32 [N, 3, size, size] on the CPU: the bicubically resized center of each picture.
+    Float [N, 3, H, W] in [0, 1] to the resized centers, float32 [N, 3, size, size] on the CPU.
     """
     import torch
 
-    pixels = to_uint8(images)
-    cropped = [_resize_and_crop(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
-    batch = torch.stack([torch.from_numpy(picture) for picture in cropped]).permute(0, 3, 1, 2)
+    pictures = to_uint8(images).permute(0, 2, 3, 1).cpu().numpy()
+    cropped = [torch.from_numpy(_resize_and_crop(picture)) for picture in pictures]
+    batch = torch.stack(cropped).permute(0, 3, 1, 2)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (PIXEL_MEAN, PIXEL_STD))
     return (batch.float().contiguous() / 255 - mean) / std
 
@@ -203,9 +170,8 @@ def _load_tokenizer(folder: Path) -> Any:
     """BERT's tokenizer with BLIP's two tokens, from a folder or, if it has none, from the hub."""
     from transformers import BertTokenizer
 
-    advice = (
-        f"put vocab.txt of https://huggingface.co/{TOKENIZER_REPOSITORY} beside {CHECKPOINT_FILE}"
-    )
+    hub = f"https://huggingface.co/{TOKENIZER_REPOSITORY}"
+    advice = f"put vocab.txt of {hub} beside {CHECKPOINT_FILE}"
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         try:
             folder = find_checkpoint(None, TOKENIZER_REPOSITORY, TOKENIZER_FILES)
@@ -231,11 +197,7 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _load_network(file: Path) -> Any:
-    """The two transformers and the head in evaluation mode, with the weights of a file.
-
-    Raises:
-        UserError: the file is damaged, or its names or shapes are not those of ImageReward-v1.0.
-    """
+    """The two transformers and the head in evaluation mode, with the weights of a file."""
     weights = read_weights(file, f"of https://huggingface.co/{REPOSITORY}")
     if not isinstance(weights, dict):
         raise UserError(f"option path: {file} holds a {type(weights).__name__}, no state dict")
@@ -250,17 +212,14 @@ def _load_network(file: Path) -> Any:
             if name in weights and weights[name].shape != value.shape
         ],
     }
-    if any(faults.values()):
-        told = [
-            f"{len(names)} {fault}, such as {names[0]}" for fault, names in faults.items() if names
-        ]
+    told = [f"{len(names)} {fault}, such as {names[0]}" for fault, names in faults.items() if names]
+    if told:
         raise UserError(
             f"option path: {file} is not the checkpoint of ImageReward-v1.0; of its "
             f"{len(expected)} weights {'; '.join(told)}"
         )
-    network.load_state_dict(
-        {name: weights[original_name(name)] for name in network.state_dict()}, assign=True
-    )
+    renamed = {name: weights[original_name(name)] for name in network.state_dict()}
+    network.load_state_dict(renamed, assign=True)
     return network.float().eval().requires_grad_(False)
 
 
@@ -271,13 +230,11 @@ def _build_network() -> Any:
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
     widths = (TEXT["hidden_size"], *HEAD_WIDTHS)
-    linears = [
-        nn.Linear(width, next_width, device="meta") for width, next_width in pairwise(widths)
-    ]
     head = nn.Sequential()
-    for number, linear in zip((0, 2, 4, 6, 7), linears, strict=True):  # dropout has the others
-        head.add_module(str(number), linear)
     with torch.device("meta"):
+        # Dropout has the other numbers.
+        for number, (inputs, outputs) in zip((0, 2, 4, 6, 7), pairwise(widths), strict=True):
+            head.add_module(str(number), nn.Linear(inputs, outputs))
         text_config = BlipTextConfig(**TEXT, encoder_hidden_size=VISION["hidden_size"])
         text = BlipTextModel(text_config, add_pooling_layer=False)
         vision = BlipVisionModel(BlipVisionConfig(**VISION))

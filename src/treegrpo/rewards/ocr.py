@@ -1,7 +1,6 @@
 """Whether the text that a prompt asks for can be read in the picture.
 
-As Flow-GRPO's OCR reward (arXiv 2505.05470), with RapidOCR, whose package carries its models. Needs
-`pip install 'treegrpo[ocr]'`.
+As Flow-GRPO's OCR reward (arXiv 2505.05470), with RapidOCR (`pip install 'treegrpo[ocr]'`).
 
 Left out: PaddleOCR, which is the original's reader, and text that stands on its head.
 """
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError
 from treegrpo.images import to_uint8
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     import numpy as np
@@ -85,13 +85,10 @@ class OCR:
     concurrent = True
 
     def __init__(self, threads: int | None = None) -> None:
-        """Load the reader.
+        """Load the reader, or raise a UserError that says how to install it.
 
         Args:
             threads: pictures read at the same time; None: this process's share of the cores.
-
-        Raises:
-            UserError: the reader is not installed, or the number of threads is not positive.
         """
         if threads is not None and (not isinstance(threads, int) or threads < 1):
             raise UserError(f"option threads: {threads!r} is not a positive integer, nor null")
@@ -116,26 +113,17 @@ class OCR:
             }
         )
 
-    def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
+    def check(self, prompts: list[str], metadata: Metadata) -> None:
         """Raises UserError for the first prompt that asks for no text."""
         for prompt, entry in zip(prompts, metadata or [{}] * len(prompts), strict=True):
             _target(prompt, entry)
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> list[float]:
-        """Read and compare: N numbers in [0, 1].
-
-        Args:
-            images: float [N, 3, H, W] in [0, 1].
-            prompts: N prompts with text in quotes, where `metadata` does not give it.
-            metadata: N dicts, of which "text" is used, or None.
-        """
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> list[float]:
+        """Read N images, float [N, 3, H, W] in [0, 1], and compare: N numbers in [0, 1]."""
         entries = metadata or [{}] * len(prompts)
         targets = [_target(*pair) for pair in zip(prompts, entries, strict=True)]
-        pixels = to_uint8(images)
         # OpenCV, and with it the reader, has blue first.
-        pictures = pixels.flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        pictures = to_uint8(images).flip(1).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         with ThreadPoolExecutor(self.threads) as pool:
             return list(pool.map(self._score, pictures, targets))
 

@@ -5,10 +5,11 @@ Left out: loading CLIP and embedding, which other rewards do too (`treegrpo.rewa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from treegrpo.rewards.checkpoints import Placement
 from treegrpo.rewards.clip_models import Clip, load_clip
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,18 +20,13 @@ REPOSITORY = "yuvalkirstain/PickScore_v1"
 class PickScore:
     """The model's logit, about 17 to 24: a difference d means a preference of sigmoid(d).
 
-    It is the published code's score: the cosine times the checkpoint's learned scale of about 100.
+    It is the cosine times the checkpoint's learned scale of about 100, as in the published code;
     flow_grpo divides it by 26.
 
     Args:
         path: PickScore in transformers' format with its tokenizer, a local folder or a hub
             repository; None: yuvalkirstain/PickScore_v1.
-        device: a torch device, or "auto" for that of the images.
-        dtype: "float32" or "bfloat16".
-        batch_size: images, or prompts, at once.
-
-    Raises:
-        UserError: an option's value is not allowed, or the checkpoint is missing or incomplete.
+        device, dtype, batch_size: those of `Placement`.
     """
 
     def __init__(
@@ -45,8 +41,6 @@ class PickScore:
         self.scale: float = model.logit_scale.exp().item()  # before bfloat16 moves it by a percent
         self.clip = Clip(model, preprocess, tokenizer, placement)
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> Tensor:
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> Tensor:
         """Score N images, float [N, 3, H, W] in [0, 1]: float32 [N]. `metadata` is not used."""
         return self.scale * self.clip.similarity(images, prompts)

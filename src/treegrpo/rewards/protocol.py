@@ -27,6 +27,8 @@ from base64 import b64decode, b64encode
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from treegrpo.rewards.registry import Metadata
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -37,12 +39,7 @@ MAX_PIXELS = 2**28  # of one request; 3 GiB as floats
 
 
 class Refusal(Exception):
-    """A request that is answered with an error: its HTTP status, and why.
-
-    Args:
-        status: 4xx or 5xx.
-        reason: what the client is told.
-    """
+    """A request that is answered with an error: its HTTP status, 4xx or 5xx, and why."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(reason)
@@ -72,17 +69,8 @@ def to_png(pixels: NDArray[np.uint8]) -> str:
     return b64encode(file.getvalue()).decode("ascii")
 
 
-def read_score(
-    body: bytes, max_batch: int
-) -> tuple[Tensor, list[str], list[dict[str, Any]] | None]:
-    """The images, prompts and metadata of a request to score.
-
-    Args:
-        body: of the request.
-        max_batch: most images of one request.
-
-    Returns:
-        Images, float32 [N, 3, H, W] in [0, 1]; N prompts; N dicts, or None.
+def read_score(body: bytes, max_batch: int) -> tuple[Tensor, list[str], Metadata]:
+    """Images, float32 [N, 3, H, W] in [0, 1], prompts and metadata of a request to score.
 
     Raises:
         Refusal: names the field that is not as it must be.
@@ -97,12 +85,8 @@ def read_score(
     return _decoded(images), prompts, metadata
 
 
-def read_check(body: bytes) -> tuple[list[str], list[dict[str, Any]] | None]:
-    """The prompts and metadata, as many or None, of a request to check them.
-
-    Raises:
-        Refusal: names the field that is not as it must be.
-    """
+def read_check(body: bytes) -> tuple[list[str], Metadata]:
+    """The prompts and metadata, as many or None, of a request to check them."""
     request = _object(body)
     prompts: Any = request.get("prompts")
     if not isinstance(prompts, list):
@@ -122,9 +106,7 @@ def _object(body: bytes) -> dict[str, Any]:
     return request
 
 
-def _described(
-    request: dict[str, Any], count: int
-) -> tuple[list[str], list[dict[str, Any]] | None]:
+def _described(request: dict[str, Any], count: int) -> tuple[list[str], Metadata]:
     prompts: Any = request.get("prompts")
     metadata: Any = request.get("metadata")
     if not _is_list_of(prompts, str, count):
@@ -156,21 +138,15 @@ def _decoded(images: list[Any]) -> Tensor:
             width, height = picture.size
             # The size is known before anything is decompressed.
             if len(images) * width * height > MAX_PIXELS:
-                raise Refusal(
-                    413,
-                    f"{field}: is {width}x{height}; {len(images)} such images have more than "
-                    f"{MAX_PIXELS} pixels",
-                )
+                what = f"{len(images)} such images have more than {MAX_PIXELS} pixels"
+                raise Refusal(413, f"{field}: is {width}x{height}; {what}")
             if picture.mode != "RGB":
                 raise Refusal(400, f"{field}: has the mode {picture.mode}; must be RGB")
             if pixels is None:
                 pixels = np.empty((len(images), height, width, 3), np.uint8)
             if (height, width) != pixels.shape[1:3]:
-                raise Refusal(
-                    400,
-                    f"{field}: is {width}x{height}; must be {pixels.shape[2]}x{pixels.shape[1]}, "
-                    "as the first",
-                )
+                first = f"{pixels.shape[2]}x{pixels.shape[1]}"
+                raise Refusal(400, f"{field}: is {width}x{height}; must be {first}, as the first")
             pixels[number] = np.asarray(picture)
         except Image.DecompressionBombError as error:
             raise Refusal(413, f"{field}: {error}") from error

@@ -3,8 +3,7 @@
 A reward is anything that is called as `(images, prompts, metadata) -> N numbers`. Adding one needs
 no code here: name it `module:function`, or `module:Class` where it has options and a state.
 
-Left out: asking a reward, which `treegrpo.rewards.scoring` does. Nothing heavy is imported here
-until a reward is looked up.
+Left out: asking a reward (`scoring.py`). Nothing heavy is imported until one is looked up.
 """
 
 from __future__ import annotations
@@ -40,6 +39,10 @@ BUILT_IN = {
 REMOTE = "treegrpo.rewards.remote:Remote"  # any http:// or https:// address
 
 
+Metadata = list[dict[str, Any]] | None
+"""One dict per prompt, from the prompts' file."""
+
+
 class Reward(Protocol):
     """Scores images: higher is better, on any scale.
 
@@ -55,7 +58,7 @@ class Reward(Protocol):
     """
 
     def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None, /
+        self, images: Tensor, prompts: list[str], metadata: Metadata, /
     ) -> Tensor | NDArray[Any] | list[float]:
         """One finite number per image, whose gradient is not used."""
 
@@ -69,8 +72,8 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
         options: keyword arguments of the class.
 
     Raises:
-        UserError: no such built-in, module or attribute, the module fails to import, or an option
-            is unknown, missing or not allowed.
+        UserError: no such built-in, module or attribute, the module fails to import, an option is
+            unknown, missing or not allowed, or a checkpoint is missing or incomplete.
     """
     target, options = _find(name, options)
     if not isinstance(target, type):
@@ -87,11 +90,7 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
 
 
 def check_reward(name: str, options: Mapping[str, Any] | None = None) -> None:
-    """Refuse what `load_reward` would, as far as that can be said without loading anything heavy.
-
-    Raises:
-        UserError: as `load_reward`.
-    """
+    """Refuse what `load_reward` would, as far as that can be said without loading a model."""
     if name in BUILT_IN and not options:
         return  # These exist, and importing them takes seconds.
     _find(name, options)

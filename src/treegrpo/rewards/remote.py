@@ -1,7 +1,6 @@
 """A reward on another machine, asked by HTTP.
 
-Left out: the protocol (`treegrpo.rewards.protocol`), patience with servers that are away
-(`treegrpo.rewards.http`), and starting a server (`treegrpo serve-reward`).
+Left out: the protocol (`protocol.py`), patience (`http.py`) and the server (`server.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from treegrpo.errors import UserError
 from treegrpo.rewards.http import Endpoint, ServerError, check_number
 from treegrpo.rewards.protocol import VERSION, to_pixels, to_png
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,17 +28,10 @@ class Remote:
 
     Args:
         url: the server's address, without `/score`.
-        headers: sent with every request; not for secrets.
-        token_env: the environment variable with the server's token.
-        token_header: the header that takes the token, after "Bearer" if it is Authorization.
-        timeout_seconds: of silence, after which a request is repeated. Requests that wait for
-            others at the server are silent, too.
-        give_up_after_seconds: how long an unreachable server is waited for.
+        timeout_seconds: of silence; requests that wait for others at the server are silent, too.
         batch_size: images per request.
-        concurrency: requests at once.
 
-    Raises:
-        UserError: an option cannot be used.
+    The other options are those of `Endpoint`, with which it refuses what cannot be used.
     """
 
     concurrent = True
@@ -67,41 +60,25 @@ class Remote:
             concurrency=concurrency,
         )
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> list[float]:
-        """Scores [N] of images, float [N, 3, H, W] in [0, 1].
-
-        Raises:
-            ServerError: no answer for too long, a refusal, or an answer that is not N finite
-                numbers.
-        """
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> list[float]:
+        """Scores [N] of images, float [N, 3, H, W] in [0, 1]."""
         pixels = to_pixels(images)
 
         def ask(start: int) -> list[float]:
             part = slice(start, start + self._batch_size)
-            asked = prompts[part]
-            answer = self._endpoint.request(
-                "POST",
-                "/score",
-                {
-                    "version": VERSION,
-                    "images": [to_png(image) for image in pixels[part]],
-                    "prompts": asked,
-                    "metadata": None if metadata is None else metadata[part],
-                },
-            )
-            return self._checked(answer, asked)
+            question = _described(prompts, metadata, part)
+            question["images"] = [to_png(image) for image in pixels[part]]
+            answer = self._endpoint.request("POST", "/score", question)
+            return self._checked(answer, prompts[part])
 
         parts = self._endpoint.map(ask, range(0, len(pixels), self._batch_size))
         return [score for part in parts for score in part]
 
-    def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
+    def check(self, prompts: list[str], metadata: Metadata) -> None:
         """Wait for the server, and make sure that it takes the token and can score all prompts.
 
         Raises:
-            UserError: it is not there, refuses, or speaks another version; a prompt's metadata
-                cannot be written as JSON; or its reward cannot score a prompt.
+            UserError: it is not there or refuses, or metadata cannot be written as JSON.
         """
         for prompt, described in zip(prompts, metadata or [], strict=False):
             try:
@@ -120,11 +97,7 @@ class Remote:
             checked = range(0, len(prompts), PROMPTS_PER_CHECK) if health.get("checks") else ()
             for start in checked:
                 part = slice(start, start + PROMPTS_PER_CHECK)
-                question = {
-                    "version": VERSION,
-                    "prompts": prompts[part],
-                    "metadata": None if metadata is None else metadata[part],
-                }
+                question = _described(prompts, metadata, part)
                 problem = self._endpoint.request("POST", "/check", question).get("problem")
                 if problem is not None:
                     raise UserError(f"reward server {self._endpoint.url}: {problem}")
@@ -148,3 +121,9 @@ class Remote:
             if not abs(score) <= sys.float_info.max:  # compares NaN and huge integers, too
                 raise ServerError(f"{what} {score} for the prompt {prompt!r}: not finite")
         return scores
+
+
+def _described(prompts: list[str], metadata: Metadata, part: slice) -> dict[str, Any]:
+    """What a request says of its prompts."""
+    of_part = None if metadata is None else metadata[part]
+    return {"version": VERSION, "prompts": prompts[part], "metadata": of_part}

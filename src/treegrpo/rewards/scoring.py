@@ -1,7 +1,6 @@
 """Asking a reward without trusting it.
 
-Left out: how rewards are named and made, which is in `treegrpo.rewards.registry`; what becomes of
-scores, which is the algorithm's (`treegrpo.advantage`).
+Left out: naming and making rewards (`registry.py`), what becomes of scores (`advantage.py`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError
 from treegrpo.images import evenly_spaced, to_uint8
-from treegrpo.rewards.registry import Reward
+from treegrpo.rewards.registry import Metadata, Reward
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,29 +29,21 @@ class RewardError(RuntimeError):
 
 
 def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> None:
-    """Let each reward refuse prompts that it cannot score.
-
-    Args:
-        rewards: by the names that messages give them.
-        prompts: all prompts of a run.
-
-    Raises:
-        UserError: names the reward, and what it says of which prompt.
-    """
+    """Let each reward refuse, with a UserError, a run's prompts that it cannot score."""
     texts = [prompt.text for prompt in prompts]
     metadata = [dict(prompt.metadata) for prompt in prompts]
     for name, reward in rewards.items():
         check = getattr(reward, "check", None)
-        if check is not None:
-            try:
-                check(texts, metadata)
-            except UserError as error:
-                raise UserError(f"reward {name!r}: {error}") from error
-            except Exception as error:
-                raise UserError(
-                    f"reward {name!r}: its check of the prompts raised {type(error).__name__}: "
-                    f"{error}"
-                ) from error
+        if check is None:
+            continue
+        try:
+            check(texts, metadata)
+        except UserError as error:
+            raise UserError(f"reward {name!r}: {error}") from error
+        except Exception as error:
+            raise UserError(
+                f"reward {name!r}: its check of the prompts raised {type(error).__name__}: {error}"
+            ) from error
 
 
 @contextmanager
@@ -72,26 +63,20 @@ def score(
     reward: Reward,
     images: Tensor,
     prompts: list[str],
-    metadata: list[dict[str, Any]] | None,
+    metadata: Metadata,
     keep_folder: Path | None,
     frames: int = 1,
 ) -> Tensor:
     """Ask a reward and check its answer: float32 [N] on the images' device.
 
-    A video's score is the mean over some of its frames, each scored as an image.
-
     Args:
         name: the reward's name in error messages.
-        reward: the reward.
         images: from `as_pictures`, [N, 3, H, W], or videos [N, all frames, 3, H, W].
-        prompts: one per image.
-        metadata: one dict per image, or None.
         keep_folder: where the images and prompts of a failed batch are saved, if anywhere.
-        frames: of a video, evenly spaced, that are asked about.
+        frames: of a video, evenly spaced, each scored as an image; their mean is its score.
 
     Raises:
-        RewardError: the reward raised, or did not return N finite numbers. The message names the
-            reward, the prompt and the value, and where the images are.
+        RewardError: the reward raised or gave no N finite numbers; it says where the images are.
     """
     import torch
 
@@ -174,12 +159,9 @@ def _keep(name: str, images: Tensor, prompts: list[str], folder: Path) -> str:
         folder.mkdir(parents=True, exist_ok=True)
         for number in itertools.count():
             path = folder / f"{stem}-{number}.npz"
-            try:
-                with path.open("xb") as file:
-                    np.savez_compressed(file, images=pixels.cpu().numpy(), prompts=prompts)
+            with suppress(FileExistsError), path.open("xb") as file:
+                np.savez_compressed(file, images=pixels.cpu().numpy(), prompts=prompts)
                 break
-            except FileExistsError:
-                continue
     except OSError as error:
         return f"could not be saved ({error})"
     return f"and prompts are in {path}"

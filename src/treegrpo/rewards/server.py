@@ -2,8 +2,7 @@
 
 One process, one model, one batch at a time. Needs `pip install 'treegrpo[serve]'`.
 
-Left out: what requests hold (`treegrpo.rewards.protocol`); TLS (put a proxy in front); several
-models (start several servers).
+Left out: what requests hold (`protocol.py`), TLS (a proxy's), several models (several servers').
 """
 
 from __future__ import annotations
@@ -51,9 +50,8 @@ class RewardServer(uvicorn.Server):
 
     Args:
         listener: a bound socket.
-        name: the reward's name.
-        reward: the reward. It is called by one thread at a time.
-        token: what clients must send as `Authorization: Bearer`, or None.
+        reward: is called by one thread at a time.
+        token: what clients must send as `Authorization: Bearer`.
         max_batch: most images of one request.
         device: where the reward gets its images.
     """
@@ -96,15 +94,14 @@ class RewardServer(uvicorn.Server):
         await super().startup(sockets)
         print(f"serving {self.name} at {self.url} on {self.device}", flush=True)
         if self.token is None and not self.url.startswith("http://127."):
-            print(
-                "warning: no token is asked for; --token-env names a variable with one", flush=True
-            )
+            warning = "warning: no token is asked for; --token-env names a variable with one"
+            print(warning, flush=True)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop once the batch that is being scored is answered; the second signal ends it at once.
 
-        uvicorn's own waits without end, whatever the second signal, and ends the process by the
-        first one in the end, as if nothing had been finished.
+        uvicorn's own waits without end, whatever the second signal, and then ends the process by
+        the first one, as if nothing had been finished.
         """
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -177,11 +174,8 @@ class RewardServer(uvicorn.Server):
         if not hmac.compare_digest(given, expected):
             return Refusal(401, "the token is missing or wrong")
         if int(length) > MAX_BODY_BYTES:
-            return Refusal(
-                413,
-                f"the request has {length} bytes; must be at most {MAX_BODY_BYTES} (send fewer "
-                "images at once)",
-            )
+            most = f"{MAX_BODY_BYTES} (send fewer images at once)"
+            return Refusal(413, f"the request has {length} bytes; must be at most {most}")
         return None
 
     async def _health(self, request: Request, body: bytes) -> dict[str, Any]:
@@ -234,12 +228,10 @@ def serve(
     It prints its address when it is ready, and a line per request. Call it in the main thread.
 
     Args:
-        reward_name: as in a configuration.
-        options: the reward's options, as in a configuration.
+        options: of the reward, as in a configuration.
         host: the address to listen on; "0.0.0.0" lets other machines in.
-        port: the port; 0 lets the system choose.
+        port: 0 lets the system choose.
         token_env: the environment variable with the token that clients must send.
-        max_batch: most images of one request.
         device: where the reward gets its images; "auto" is the accelerator, if there is one.
 
     Raises:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from treegrpo.errors import UserError
 from treegrpo.rewards.http import Endpoint, ServerError, check_number
 from treegrpo.rewards.protocol import to_pixels, to_png
+from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +46,6 @@ _BARE = re.compile(rf"[\s\"'*_`]*{_NUMBER}{_OUT_OF}[\s\"'*_`.]*")
 # Two numbers of which neither is the score: 7-8, 7 to 8, 7 or 8.
 _RANGE = re.compile(r"\d+(?:\.\d+)?\s*(?:-|\u2013|\u2014|~|to\b|or\b|and\b)\s*\d+(?:\.\d+)?")
 
-
 _log = logging.getLogger(__name__)
 
 
@@ -57,28 +57,19 @@ class VLMJudge:
     """Asks a vision-language model to score each image; the score is divided by `scale`.
 
     Args:
-        url: the API's base, as OpenAI clients take it: `https://api.openai.com/v1`,
-            `http://host:8000/v1`.
+        url: the API's base, as OpenAI clients take it, such as `http://host:8000/v1`.
         model: the model's name at that API.
         rubric: what is asked, with `{prompt}` where the image's prompt goes and, if wanted,
             `{scale}`. It must ask for a number.
-        headers: sent with every request; not for secrets.
-        token_env: the environment variable with the API's key.
-        token_header: the header that takes the key, after "Bearer" if it is Authorization (Azure's
-            is "api-key").
+        token_header: the header that takes the key of `token_env` (Azure's is "api-key").
         scale: the rubric's highest score; the lowest is 0.
         fallback_score: what an image gets, from 0 to `scale`, for which there is no score: the
             judge gives none, or the API refuses the image (HTTP 400, as content filters do). None:
             the run stops.
-        temperature: of the answer; None leaves it to the API.
-        max_tokens: longest answer; None leaves it to the API.
+        temperature, max_tokens: of the answer; None leaves them to the API.
         extra_body: more fields of the request, or others for those that it has.
-        timeout_seconds: of silence, after which a request is repeated.
-        give_up_after_seconds: how long an unreachable API is waited for.
-        concurrency: requests at once.
 
-    Raises:
-        UserError: an option cannot be used.
+    The other options are those of `Endpoint`, with which it refuses what cannot be used.
     """
 
     concurrent = True
@@ -138,23 +129,13 @@ class VLMJudge:
             concurrency=concurrency,
         )
 
-    def __call__(
-        self, images: Tensor, prompts: list[str], metadata: list[dict[str, Any]] | None
-    ) -> list[float]:
-        """Scores in [0, 1] of images, float [N, 3, H, W] in [0, 1]; metadata is not used.
-
-        Raises:
-            ServerError: no answer for too long, a refusal, or an answer without a score.
-        """
+    def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> list[float]:
+        """Scores in [0, 1] of images, float [N, 3, H, W] in [0, 1]; metadata is not used."""
         pairs = zip(to_pixels(images), prompts, strict=True)
         return self._endpoint.map(lambda pair: self._judge_or_fall_back(*pair), pairs)
 
-    def check(self, prompts: list[str], metadata: list[dict[str, Any]] | None) -> None:
-        """Judge one gray picture: a wrong address, key or model shows before any sampling.
-
-        Raises:
-            UserError: the judge is not there, refuses, or gives no score.
-        """
+    def check(self, prompts: list[str], metadata: Metadata) -> None:
+        """Judge one gray picture: a wrong address, key or model shows before any sampling."""
         import numpy as np
 
         gray = np.full((64, 64, 3), 128, np.uint8)
@@ -225,12 +206,7 @@ def parse_score(text: str, scale: float, *, cut_off: bool = False) -> float | No
     In this order it understands a JSON object with a "score", a number alone, `Score: 7/10` or "the
     score is 7", "a score of 7" (where all that are mentioned agree) and `7 out of 10`, with
     Markdown or reasoning around. Where a form occurs several times, the last one counts; a range is
-    no score.
-
-    Args:
-        text: the answer, as it came.
-        scale: the highest score.
-        cut_off: the answer ended for its length, so that only a JSON object is sure to be whole.
+    no score. In an answer that was `cut_off`, only a JSON object is sure to be whole.
     """
     text = text.rpartition("</think>")[2]
     objects = _json_scores(text)
