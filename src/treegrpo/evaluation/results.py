@@ -63,7 +63,7 @@ class Evaluation:
 
     @staticmethod
     def join(parts: Sequence[Evaluation]) -> Evaluation:
-        """One evaluation of all prompts, from those of consecutive shares, made at the same time."""
+        """One evaluation of all prompts, from those of consecutive shares of them."""
         return Evaluation(
             tuple(prompt for part in parts for prompt in part.prompts),
             {name: torch.cat([part.scores[name] for part in parts]) for name in parts[0].scores},
