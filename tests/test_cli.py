@@ -96,6 +96,14 @@ def test_print_config_shows_file_and_overrides_resolved(treegrpo: CommandLine) -
             "--json and --page: both got a.html; must be two files",
         ),
         (["sample", "~/none", "--prompt", "a cat"], "MODEL: no folder ~/none; must be"),
+        (
+            ["sample", "miniature", "--prompt", "a cat", "--guidance-scale", "nan"],
+            "--guidance-scale: got nan; must be finite",
+        ),
+        (
+            ["evaluate", "miniature", "--guidance-scale", "inf"],
+            "--guidance-scale: got inf; must be finite",
+        ),
     ],
 )
 def test_what_cannot_run_is_refused(

@@ -5,6 +5,7 @@ Left out: what only one command takes (in its own file), the configuration's key
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from treegrpo.config import Config, load_config
+from treegrpo.config import Config, ModelConfig, load_config
 from treegrpo.errors import UserError
 from treegrpo.models.folder import check_checkpoint
 from treegrpo.rewards import check_reward
@@ -61,6 +62,17 @@ def read_config(arguments: list[str] | None) -> Config:
             "(a change to it is written key.path=value)"
         )
     return load_config(Path(paths[0]) if paths else None, overrides)
+
+
+def model_section(path: str, dtype: DType, guidance_scale: float | None) -> ModelConfig:
+    """The configuration's section for a model that is only sampled.
+
+    Raises:
+        UserError: the guidance is no number.
+    """
+    if guidance_scale is not None and not math.isfinite(guidance_scale):
+        raise UserError(f"--guidance-scale: got {guidance_scale}; must be finite")
+    return ModelConfig(path=path, dtype=dtype, guidance_scale=guidance_scale)
 
 
 def check_model(model: str, field: str, *, weights: bool = True) -> None:

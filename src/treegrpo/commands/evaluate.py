@@ -99,6 +99,7 @@ def evaluate(
     """
     given = load_prompts(prompts, "held_out", column)[:max_prompts]
     options = _read_rewards(rewards, reward or [], reward_options, prompts)
+    section = arguments.model_section(model, dtype, guidance_scale)
     arguments.check_model(model, "MODEL")
     if base is None:
         base = _known_base(model)
@@ -116,7 +117,6 @@ def evaluate(
     from treegrpo.rewards import check_prompts
     from treegrpo.versions import versions
 
-    section = ModelConfig(path=model, dtype=dtype, guidance_scale=guidance_scale)
     policies = open_pair(section, base, steps=steps)
     loaded = {name: load_reward(name, of) for name, of in options.items()}
     check_prompts(loaded, given)

@@ -11,7 +11,6 @@ from typing import Annotated
 import typer
 
 from treegrpo.commands import arguments
-from treegrpo.config import ModelConfig
 from treegrpo.errors import UserError
 from treegrpo.prompts import load_prompts
 
@@ -43,6 +42,7 @@ def sample(
         raise UserError("prompts: must be given by --prompt or by --prompts, not both")
     loaded = load_prompts(prompts, "held_out", column) if prompts else []
     texts = ([one.text for one in loaded] or list(prompt or []))[:max_prompts]
+    section = arguments.model_section(model, dtype, guidance_scale)
     arguments.check_model(model, "MODEL")
     arguments.check_output(out, "--out")
     if out.suffix.lower() != ".png":
@@ -54,7 +54,6 @@ def sample(
     from treegrpo.models.opening import load_weights, open_policy
     from treegrpo.report.pictures import image_grid
 
-    section = ModelConfig(path=model, dtype=dtype, guidance_scale=guidance_scale)
     policy = open_policy(section, device=default_device(), steps=steps)
     policy.prepare(texts)
     load_weights(policy, section, train=False)
