@@ -97,8 +97,8 @@ def test_print_config_shows_file_and_overrides_resolved(treegrpo: CommandLine) -
         ),
         (["sample", "~/none", "--prompt", "a cat"], "MODEL: no folder ~/none; must be"),
         (
-            ["sample", "miniature", "--prompt", "a cat", "--guidance-scale", "nan"],
-            "--guidance-scale: got nan; must be finite",
+            ["sample", "miniature", "--prompt", "a cat", "--guidance-scale", "inf"],
+            "--guidance-scale: got inf; must be finite",
         ),
         (
             ["evaluate", "miniature", "--guidance-scale", "inf"],
