@@ -25,8 +25,8 @@ It is taken of the gradient with respect to one shift of the velocity at all sto
 
 A forward in the update counts three (it has a backward).
 
-Left out: normalisation by the group's standard deviation, clipping, and everything about real models
-and rewards.
+Left out: normalisation by the group's standard deviation, clipping, and everything about real
+models and rewards.
 
     PYTHONPATH=src python benchmarks/gradient_variance.py [--quick]
 
