@@ -129,17 +129,42 @@ def test_embeddings_of_other_versions_are_never_taken(
     assert key() != now
 
 
+def _wide_encoder(folder: Path) -> None:
+    """One whose attention is over a MiB away from both ends of its file, as CLIP's is."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    part = folder / "text_encoder"
+    config = CLIPTextConfig.from_pretrained(part)
+    config.hidden_size, config.num_attention_heads, config.projection_dim = 1024, 2, 512
+    torch.manual_seed(0)
+    CLIPTextModelWithProjection(config).save_pretrained(part)
+
+
+@pytest.mark.parametrize("change", ["all weights", "the middle of a file", "another class"])
 def test_embeddings_of_other_encoders_are_never_taken(
-    tiny_checkpoint: Path, tmp_path: Path
+    change: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(tiny_checkpoint, other)
-    weights = other / "text_encoder" / "model.safetensors"
-    tensors = load_file(weights)
-    save_file({name: tensor * 1.1 for name, tensor in tensors.items()}, weights)
+    one, other = tmp_path / "one", tmp_path / "other"
+    shutil.copytree(tiny_checkpoint, one)
+    _wide_encoder(one)
+    shutil.copytree(one, other)
+    if change == "another class":
+        index = json.loads((other / "model_index.json").read_text())
+        index["tokenizer"] = ["transformers", "CLIPTokenizerFast"]
+        (other / "model_index.json").write_text(json.dumps(index))
+    else:
+        weights = other / "text_encoder" / "model.safetensors"
+        part = "q_proj.weight" if change == "the middle of a file" else ""
+        tensors = load_file(weights)
+        scaled = {name: t * 1.5 if part in name else t for name, t in tensors.items()}
+        save_file(scaled, weights, {"format": "pt"})
     cache = str(tmp_path / "cache")
-    first, second = (load(path, embedding_cache=cache) for path in (tiny_checkpoint, other))
-    assert not first.encode(PROMPTS)["pooled"].equal(second.encode(PROMPTS)["pooled"])
+    first, second = (load(path, embedding_cache=cache) for path in (one, other))
+    assert first.text.store.folder != second.text.store.folder
+    if change != "another class":
+        with torch.no_grad():
+            pooled = [policy.encode(PROMPTS)["pooled"] for policy in (first, second)]
+        assert not pooled[0].equal(pooled[1])
 
 
 def test_embeddings_that_would_fill_the_disk_are_refused(

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from treegrpo.models.components import Components
+from treegrpo.models.digests import folder_digest
 from treegrpo.models.folder import ModelError, loading
 from treegrpo.versions import versions
 
@@ -33,10 +34,8 @@ PROMPTS_PER_ENCODING = 32
 _LETTERS_PER_TOKEN = 4.5  # of English, in today's vocabularies
 # Of embeddings that the disk also holds: an iteration's prompts fit many times over.
 _MEMORY_BYTES = 2**30
-# What of each weights file goes into a model's key: enough to tell models apart, quick to read.
-_SAMPLE_BYTES = 2**20
 # Whose versions decide an embedding; ftfy mends the prompts of some families.
-_LIBRARIES = ("diffusers", "transformers", "ftfy")
+_LIBRARIES = ("treegrpo", "diffusers", "transformers", "tokenizers", "ftfy")
 
 
 class PromptEncoder:
@@ -171,21 +170,18 @@ def cache_folder(setting: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "treegrpo"
 
 
-def model_key(folder: Path, parts: Iterable[str], settings: str) -> str:
+def model_key(
+    folder: Path, parts: Iterable[str], settings: str, manifest: Path | None = None
+) -> str:
     """A name for "what these text encoders give": from their files, settings and libraries.
 
-    `settings` is what else decides an embedding: dtype, prompt length.
+    Args:
+        settings: what else decides an embedding: dtype, prompt length.
+        manifest: of the files' digests.
     """
-    digest = hashlib.sha256(f"{settings} {versions(_LIBRARIES)}".encode())
-    for part in sorted(parts):
-        for path in sorted(p for p in (folder / part).rglob("*") if p.is_file()):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder)} {size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_SAMPLE_BYTES))
-                file.seek(max(0, size - _SAMPLE_BYTES))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:24]
+    files = [path for part in parts for path in (folder / part).rglob("*") if path.is_file()]
+    of_files = folder_digest(folder, files, manifest)
+    return hashlib.sha256(f"{settings} {versions(_LIBRARIES)} {of_files}".encode()).hexdigest()[:24]
 
 
 class EmbeddingStore:
