@@ -167,6 +167,53 @@ def test_embeddings_of_other_encoders_are_never_taken(
         assert not pooled[0].equal(pooled[1])
 
 
+def _zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes()[:20]),
+        _zeros,
+    ],
+    ids=["empty", "short by a byte", "short", "zeros"],
+)
+def test_damaged_embeddings_are_computed_anew(
+    tiny_checkpoint: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    cache = str(tmp_path)
+    policy = load(tiny_checkpoint, embedding_cache=cache)
+    policy.prepare(PROMPTS)
+    expected = policy.encode(PROMPTS)
+    files = sorted(tmp_path.glob("embeddings/*/*.safetensors"))
+    whole = [file.read_bytes() for file in files]
+    for prepared in (False, True):
+        for file in files:
+            damage(file)
+        again = load(tiny_checkpoint, embedding_cache=cache)
+        if prepared:
+            again.prepare(PROMPTS)
+        for name, values in again.encode(PROMPTS).items():
+            torch.testing.assert_close(values, expected[name])
+        again.negative()
+        assert [file.read_bytes() for file in files] == whole
+
+
+def test_embeddings_that_cannot_be_written_are_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    policy = load(tiny_checkpoint, embedding_cache=str(tmp_path))
+    policy.prepare(PROMPTS)
+    for file in tmp_path.glob("embeddings/*/*.safetensors"):
+        file.unlink()
+        file.mkdir()
+    again = load(tiny_checkpoint, embedding_cache=str(tmp_path))
+    with pytest.raises(ModelError, match=r"^model\.embedding_cache: .* cannot be written"):
+        again.encode(PROMPTS)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 def test_embeddings_that_would_fill_the_disk_are_refused(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

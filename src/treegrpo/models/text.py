@@ -19,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from treegrpo.errors import reason
 from treegrpo.models.components import Components
 from treegrpo.models.digests import folder_digest
 from treegrpo.models.folder import ModelError, loading
@@ -195,7 +197,7 @@ class EmbeddingStore:
             folder.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, prompt: str) -> bool:
-        return prompt in self._recent or (self.folder is not None and self._path(prompt).is_file())
+        return prompt in self._recent or (self.folder is not None and _is_whole(self._path(prompt)))
 
     def get(self, prompt: str) -> dict[str, Tensor]:
         """A kept prompt's tensors."""
@@ -207,14 +209,20 @@ class EmbeddingStore:
         return tensors
 
     def put(self, prompt: str, tensors: dict[str, Tensor]) -> None:
-        """Keep a prompt's tensors, of which copies are made."""
+        """Keep a prompt's tensors, of which copies are made; ModelError: the disk refuses them."""
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         if self.folder is not None:
             path = self._path(prompt)
             # Several processes may write the same prompt; each file appears whole.
             partial = path.with_suffix(f".{os.getpid()}.partial")
-            save_file(tensors, partial)
-            os.replace(partial, path)
+            try:
+                save_file(tensors, partial)
+                os.replace(partial, path)
+            except (OSError, SafetensorError) as error:
+                partial.unlink(missing_ok=True)
+                raise ModelError(
+                    f"model.embedding_cache: {path} cannot be written: {reason(error)}"
+                ) from error
         self._remember(prompt, tensors)
 
     def _remember(self, prompt: str, tensors: dict[str, Tensor]) -> None:
@@ -227,6 +235,15 @@ class EmbeddingStore:
     def _path(self, prompt: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file can be read, by its header, which knows the file's size."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:
