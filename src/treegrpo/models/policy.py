@@ -235,8 +235,13 @@ class Policy(ABC):
         self.network: nn.Module
         self.vae: Any = None
         if cache is not None:
-            settings = f"{self.pipeline_name} {dtype} {self.sampling.max_sequence_length}"
-            key = model_key(checkpoint.folder, checkpoint.text_parts, settings)
+            classes = {name: checkpoint.index[name] for name in checkpoint.text_parts}
+            # Zeros in the place of an absent encoder are as wide as the network takes them.
+            width = self.configs[self.network_name].get("joint_attention_dim")
+            length = self.sampling.max_sequence_length
+            settings = f"{self.pipeline_name} {classes} {dtype} {length} {width}"
+            manifest = cache / "digests.json"
+            key = model_key(checkpoint.folder, checkpoint.text_parts, settings, manifest)
             cache = cache / "embeddings" / key
         try:
             store = EmbeddingStore(cache)
