@@ -451,7 +451,10 @@ def _wrong_config(folder: Path) -> None:
         (_truncate_weights, ["model.safetensors is damaged: it has"]),
         (_damage_sampling, ["sampling.json", "step"]),
         (_wrong_sampling, ["sampling.json: height: got 'large'; Input should be a valid integer"]),
-        (_lose_key("transformer", "sample_size"), ["transformer/config.json lacks 'sample_size'"]),
+        (
+            _lose_key("transformer", "patch_size", True),
+            ["transformer/config.json lacks 'patch_siz"],
+        ),
         (_lose_key("vae", "block_out_channels", True), ["vae/config.json lacks 'block_out_cha"]),
         (_lose_decoder, ["model_index.json lacks 'vae'"]),
         (_wrong_config, ["cannot load", "/scheduler: TypeError: "]),
