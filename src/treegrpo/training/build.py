@@ -178,7 +178,7 @@ def build(config: Config, *, resume: bool = False) -> Run:
 
     load_weights(policy, config.model, train=True)
     failed = config.output / FAILED_REWARD_FOLDER
-    warnings = _shared_prompts(train_prompts, all_held_out)
+    warnings = [*engine.warnings, *_shared_prompts(train_prompts, all_held_out)]
     return Run(
         config,
         engine,
