@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from treegrpo.config import ModelConfig
 from treegrpo.device import usable_device
 from treegrpo.errors import UserError
+from treegrpo.finite import NotFiniteError
 from treegrpo.rewards import RewardError
 
 # How long processes wait for one that waits for a reward server, before they take it for dead.
@@ -134,21 +135,21 @@ class Engine:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """A reward that fails one process fails all, which would wait for that one in vain.
+        """What fails one process fails all, which would wait for that one in vain.
 
         Raises:
-            RewardError: on every process.
+            RewardError, NotFiniteError: on every process.
         """
         failure = None
         try:
             yield
-        except RewardError as error:
+        except (RewardError, NotFiniteError) as error:
             failure = error
-        everyones = self.everyones(None if failure is None else str(failure))
+        everyones = self.everyones(None if failure is None else (type(failure), str(failure)))
         if failure is not None:
             raise failure
-        for message in filter(None, everyones):
-            raise RewardError(message)
+        for kind, message in filter(None, everyones):
+            raise kind(message)
 
     # --- optimizing ---
 
