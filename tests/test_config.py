@@ -55,6 +55,66 @@ def test_every_usual_way_to_write_a_number_is_one(text: str, value: float) -> No
     assert load_config(None, [f"train.learning_rate={text}"]).train.learning_rate == value
 
 
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        # An argument is a value: nothing in it is a comment, and what takes text gets it all.
+        ("output=runs/exp #2", Path("runs/exp #2")),
+        ("output=#2", Path("#2")),
+        ("model.negative_prompt=ugly #nsfw", "ugly #nsfw"),
+        ("model.negative_prompt=blurry, low quality: bad", "blurry, low quality: bad"),
+        ("model.negative_prompt=[deformed", "[deformed"),
+        ("model.negative_prompt=[a, b]", "[a, b]"),
+        ('model.negative_prompt="a" and "b"', '"a" and "b"'),
+        ("model.negative_prompt='ugly #nsfw'", "ugly #nsfw"),
+        ("model.negative_prompt='ugly' #nsfw", "'ugly' #nsfw"),
+        ("model.negative_prompt=", ""),
+        ("model.negative_prompt=null", None),
+        ("model.negative_prompt='null'", "null"),
+        ("model.path=null", "null"),
+        ("model.path=no", "no"),
+        ("model.path=1e5", "1e5"),
+        ("prompts.train=2020-01-01", "2020-01-01"),
+        ("prompts.held_out=- a", "- a"),
+        ("rewards.0.label=off", "off"),
+        ("model.lora_targets=[to_q, 'a #b']", ["to_q", "a #b"]),
+        # A reward's own options have no type that is known here.
+        ("rewards.0.options.path=weights/v1 #2", "weights/v1 #2"),
+        ("rewards.0.options.question=Is it good: yes", "Is it good: yes"),
+        ("rewards.0.options.question=good: yes or no: no", "good: yes or no: no"),
+        ("rewards.0.options.threads=3", 3),
+        ("rewards.0.options.levels={a: [1, 2]}", {"a": [1, 2]}),
+    ],
+)
+def test_an_overrides_value_is_no_document(override: str, value: object) -> None:
+    found: Any = load_config(None, [override])
+    for key in override.partition("=")[0].split("."):
+        found = found[int(key)] if isinstance(found, list) else _of(found, key)
+    assert found == value
+
+
+def _of(section: Any, key: str) -> Any:
+    return section[key] if isinstance(section, dict) else getattr(section, key)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.seed=3 #4", 'train.seed: got "3 #4"; must be an integer'),
+        ("model.compile=yes #no", 'model.compile: got "yes #no"; must be true or false'),
+        ("train.iterations=a: b", 'train.iterations: got {"a": "b"}; must be an integer'),
+        (
+            "model.lora_targets=[to_q] #2",
+            'override "model.lora_targets=[to_q] #2", line 1, column 7: not valid YAML: '
+            '"#" would begin a comment; quote the text that it is in',
+        ),
+        ("model.path=", 'model.path: got ""; must not be empty'),
+    ],
+)
+def test_a_comment_in_an_override_is_refused(override: str, message: str) -> None:
+    assert refused(override) == message
+
+
 def test_yaml_round_trips(tmp_path: Path) -> None:
     # A name that reads as a number, a path that reads as null and a float that YAML 1.1 takes for
     # text are where a plain dump fails.

@@ -89,7 +89,7 @@ def leaf_advantages(
         # Rewards that cancel leave rounding, which the division would blow up into a signal.
         spread = combined.amax(1, keepdim=True) - combined.amin(1, keepdim=True)
         rounding = 1e-5 * sum(weights)
-        combined = torch.where(spread > rounding, combined, torch.zeros_like(combined))
+        combined = torch.where(spread <= rounding, torch.zeros_like(combined), combined)
         combined = normalize(combined, ddof=ddof, eps=eps)
     if advantage_clip is not None:
         combined = combined.clamp(-advantage_clip, advantage_clip)

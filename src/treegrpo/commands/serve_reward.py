@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from treegrpo.commands.arguments import check_reward_of
-from treegrpo.config import parse_yaml
+from treegrpo.config import parse_argument
 from treegrpo.errors import UserError
 
 
@@ -52,7 +52,7 @@ def serve_reward(
         key, separator, value = text.partition("=")
         if not separator:
             raise UserError(f"--option: got {text!r}; must be KEY=VALUE")
-        options[key] = parse_yaml(value, f"--option {key}")
+        options[key] = parse_argument(value, f"--option {key}")
     check_reward_of("NAME", name, options)
 
     from treegrpo.rewards.server import serve

@@ -3,7 +3,7 @@
 Left out: the sections of the methods (`methods/settings.py`).
 """
 
-from treegrpo.config.reading import changed, load_config, parse_yaml, to_yaml
+from treegrpo.config.reading import changed, load_config, parse_argument, parse_yaml, to_yaml
 from treegrpo.config.schema import (
     Config,
     EvaluationConfig,
@@ -27,6 +27,7 @@ __all__ = [
     "describe_fields",
     "load_config",
     "method_of",
+    "parse_argument",
     "parse_yaml",
     "to_yaml",
 ]

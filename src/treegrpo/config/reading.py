@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from treegrpo.config.schema import Config, config_class
 from treegrpo.config.wording import ConfigError, in_words
@@ -32,7 +33,7 @@ def load_config(path: Path | None, overrides: list[str]) -> Config:
 
     Args:
         path: the YAML file; None: the defaults alone. A list in it replaces the default list.
-        overrides: `key.path=value` each, the value in YAML; a number addresses a list's element.
+        overrides: `key.path=value` each, see `parse_argument`; a number addresses a list's element.
 
     Raises:
         ConfigError: lists every problem with its key, value and what is allowed.
@@ -108,10 +109,11 @@ def _class_of(method: str) -> type[Config]:
 
 
 def _with(method: str, given: dict[Any, Any], overrides: list[str]) -> dict[Any, Any]:
-    data = _class_of(method)().model_dump(mode="json")
+    config = _class_of(method)
+    data = config().model_dump(mode="json")
     _merge(data, given)
     for override in overrides:
-        _apply_override(data, override)
+        _apply_override(data, override, config)
     return data
 
 
@@ -143,6 +145,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _ArgumentLoader(_Loader):
+    """For an argument, which is a value and no document: in YAML without comments."""
+
+    def scan_to_next_token(self) -> None:
+        if re.compile(r"\s*#").match(self.buffer, self.pointer):
+            raise yaml.MarkedYAMLError(
+                problem='"#" would begin a comment; quote the text that it is in',
+                problem_mark=self.get_mark(),
+            )
+        super().scan_to_next_token()
+
+
 class _Dumper(yaml.SafeDumper):
     """Quotes text that `_Loader` would read as a number."""
 
@@ -156,23 +170,87 @@ for _class in (_Loader, _Dumper):
     )
 
 
-def parse_yaml(text: str, source: str) -> Any:
+def parse_yaml(text: str, source: str, loader: type[_Loader] = _Loader) -> Any:
     """A YAML value, read as configurations are: 1e-4 is a number, a key given twice an error.
 
     Args:
         source: what the text is, to begin messages with.
+        loader: how it is read.
 
     Raises:
         ConfigError: it is not valid; says where.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        return yaml.load(text, Loader=loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark
         where = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ConfigError(f"{source}{where}: not valid YAML: {error.problem}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from None
+
+
+def parse_argument(text: str, source: str, kinds: Sequence[Any] = ()) -> Any:
+    """A value given on the command line, in YAML: [a, b] is a list, 1e-4 a number.
+
+    What takes text gets the argument as it stands, unless all of it is in quotes, or it is null and
+    may be. Elsewhere, what is no YAML without comments is text as well.
+
+    Args:
+        source: what the text is, to begin messages with.
+        kinds: the types that take it; none: any.
+
+    Raises:
+        ConfigError: a list or mapping in it is not valid YAML; says where.
+    """
+    takes_text = any(_is_text(kind) for kind in kinds)
+    try:
+        node = yaml.compose(text, Loader=_ArgumentLoader)
+    except yaml.YAMLError:
+        if takes_text or not text.lstrip().startswith(("[", "{", "'", '"')):
+            return text
+        node = None  # to be refused
+    if takes_text:
+        if isinstance(node, yaml.ScalarNode):
+            if node.style in ("'", '"'):
+                return node.value
+            if NoneType in kinds and node.tag == "tag:yaml.org,2002:null":
+                return None
+        return text
+    # "a: b" and "- a" may be meant as text.
+    if not kinds and isinstance(node, yaml.CollectionNode) and not node.flow_style:
+        return text
+    return parse_yaml(text, source, _ArgumentLoader)
+
+
+def _is_text(kind: Any) -> bool:
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    return kind in (str, Path) or any(isinstance(choice, str) for choice in choices)
+
+
+def _kinds(section: type[BaseModel], keys: Sequence[str]) -> list[Any]:
+    """The types that the field at a key path takes; none where that is not known."""
+    kinds: list[Any] = [section]
+    for key in keys:
+        following: list[Any] = []
+        for kind in kinds:
+            if get_origin(kind) is list:
+                following += _alternatives(get_args(kind)[0])
+            elif isinstance(kind, type) and issubclass(kind, BaseModel):
+                field = kind.model_fields.get(key)
+                following += [] if field is None else _alternatives(field.annotation)
+        kinds = following
+    return [] if Any in kinds else kinds
+
+
+def _alternatives(kind: Any) -> Iterator[Any]:
+    if get_origin(kind) is Annotated:
+        yield from _alternatives(get_args(kind)[0])
+    elif get_origin(kind) in (Union, UnionType):
+        for each in get_args(kind):
+            yield from _alternatives(each)
+    else:
+        yield kind
 
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
@@ -194,12 +272,13 @@ def _merge(base: dict[Any, Any], changes: dict[Any, Any]) -> None:
             base[key] = copy.deepcopy(value)
 
 
-def _apply_override(data: dict[Any, Any], override: str) -> None:
+def _apply_override(data: dict[Any, Any], override: str, config: type[Config]) -> None:
     key_path, equals, text = override.partition("=")
     keys = key_path.split(".")
     if not equals or not all(keys):
         raise ConfigError(f'override "{override}": must be key.path=value')
-    _set(data, keys, parse_yaml(text, f'override "{override}"'))
+    value = parse_argument(text, f'override "{override}"', _kinds(config, keys))
+    _set(data, keys, value)
 
 
 def _set(data: dict[Any, Any], keys: list[str], value: Any) -> None:

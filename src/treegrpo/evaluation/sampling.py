@@ -12,6 +12,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from treegrpo.finite import Watched, check_finite
 from treegrpo.models.policy import Policy
 from treegrpo.plan import RolloutPlan
 from treegrpo.rollout import rollout
@@ -69,18 +70,26 @@ def sample(
 
     Returns:
         float32 [P, N, 3, height, width] in [0, 1], or videos [P, N, frames, 3, height, width].
+
+    Raises:
+        NotFiniteError: something on the way to them is not finite.
     """
     steps = draws.steps
     plan = RolloutPlan(draws.images_per_prompt, (1,) * steps, (False,) * steps)
     schedule = policy.schedule(steps)
     noises = prompts_noises(policy, draws) if noises is None else noises
+    conditioning = policy.encode(prompts)
+    check_finite("the prompts' embeddings are", *conditioning.values())
+    predict = Watched(policy.predictor(conditioning, steps))
     forest = rollout(
-        policy.predictor(policy.encode(prompts), steps),
+        predict,
         torch.stack(list(islice(noises, len(prompts)))),
         plan,
         schedule,
         transitions(schedule, plan.stochastic),
         max_batch=draws.max_batch,
     )
+    predict.check()
     images = policy.decode(forest.leaves.flatten(0, 1), draws.decode_batch or draws.max_batch)
+    check_finite("the decoder's images are", images)
     return images.view(*forest.leaves.shape[:2], *images.shape[1:])

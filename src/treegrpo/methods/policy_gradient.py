@@ -63,7 +63,7 @@ class PolicyGradient(Method):
     def check_first_update(self, record: Mapping[str, float]) -> list[str]:
         """The first ratio must be 1: the policy is still the one that sampled."""
         error, clip_low = record["ratio_error"], self.objective.clip_low
-        if error > LARGEST_RATIO_ERROR:
+        if not error <= LARGEST_RATIO_ERROR:  # so that NaN is refused
             raise UserError(
                 f"the first update's ratio is off 1 by {error:.2e} (allowed: "
                 f"{LARGEST_RATIO_ERROR}): the model does not reproduce the log-probabilities that "

@@ -7,7 +7,8 @@ Left out: what the parts do in an iteration (`loop.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from treegrpo.config import Config, method_of
 from treegrpo.evaluation.measure import evaluate
 from treegrpo.evaluation.results import Evaluation
 from treegrpo.evaluation.sampling import Draws
+from treegrpo.finite import NotFiniteError
 from treegrpo.images import evenly_spaced
 from treegrpo.methods import Method
 from treegrpo.models.export import export, export_bytes
@@ -83,10 +85,11 @@ class Run:
 
         Raises:
             RewardError: a reward failed, here or on another process.
+            NotFiniteError: the model's outputs or images are not finite.
         """
         config = self.config
         settings, rollout = config.evaluation, config.rollout
-        with self.learner.averaged(), self.engine.failing_together():
+        with self.naming_stage(), self.learner.averaged(), self.engine.failing_together():
             own = evaluate(
                 self.policy,
                 self.held_out,
@@ -104,6 +107,30 @@ class Run:
                 keep_folder=config.output / FAILED_REWARD_FOLDER,
             )
         return Evaluation.join(self.engine.everyones(own))
+
+    @contextmanager
+    def naming_stage(self) -> Iterator[None]:
+        """Say of what is not finite whether training can be the reason.
+
+        Raises:
+            NotFiniteError: what happens inside raised one.
+        """
+        try:
+            yield
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error}, {self._stage()}") from error
+
+    def _stage(self) -> str:
+        model = self.config.model
+        if not self.learner.has_stepped:
+            return (
+                "before the first step of training: look at the weights of model.path "
+                f"({model.path}) and at what they compute in (model.dtype, {model.dtype})"
+            )
+        return (
+            f"after {self.progress.iteration} iterations: training has diverged; lower "
+            "train.learning_rate or train.max_grad_norm"
+        )
 
     def bytes_on_disk(self) -> int:
         """About what the checkpoint and the exported model take."""
@@ -179,7 +206,7 @@ def build(config: Config, *, resume: bool = False) -> Run:
 
     load_weights(policy, config.model, train=True)
     failed = config.output / FAILED_REWARD_FOLDER
-    warnings = _shared_prompts(train_prompts, all_held_out)
+    warnings = [*engine.warnings, *_shared_prompts(train_prompts, all_held_out)]
     return Run(
         config,
         engine,

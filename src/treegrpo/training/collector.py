@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from treegrpo.config import Config
+from treegrpo.finite import Watched, check_finite
 from treegrpo.images import as_pictures
 from treegrpo.methods import Method, Scores
 from treegrpo.models.policy import Policy
@@ -79,12 +80,17 @@ class Collector:
 
         Raises:
             RewardError: a reward failed, here or on another process.
+            NotFiniteError: the samples, the images or a reward's statistics are not finite.
         """
         with self._engine.failing_together():
             numbers = self._engine.share(range(len(drawn)))
             prompts = self._engine.share(drawn)
             forest, rewards = self._sample(prompts, numbers, plan, iteration, watch)
         everyones = {name: self._engine.gather(values) for name, values in rewards.items()}
+        for name, values in everyones.items():
+            least, most = values.min().item(), values.max().item()
+            scores = f"the variance of the reward {name!r} (scores from {least:g} to {most:g}) is"
+            check_finite(scores, values.var(correction=0))
         return Batch(tuple(prompts), forest, rewards, everyones)
 
     def scores(self, batch: Batch) -> Scores:
@@ -117,6 +123,7 @@ class Collector:
                     leaves = forests[-1].leaves.flatten(0, 1)
                     frames = max(self._frames.values())
                     images = self._policy.decode(leaves, settings.decoded_at_once, frames=frames)
+                    check_finite("the decoder's images are", images)
                     images = as_pictures(images.cpu() if settings.offload else images)
                 with watch("reward"):
                     scores.append(self._score(images, prompts[part], pool))
@@ -145,8 +152,10 @@ class Collector:
         noise = torch.stack([policy.noise(plan.roots, generator) for generator in generators])
         schedule = policy.schedule(settings.steps)
         conditioning = policy.encode([prompt.text for prompt in prompts])
-        return rollout(
-            policy.predictor(conditioning, settings.steps),
+        check_finite("the prompts' embeddings are", *conditioning.values())
+        predict = Watched(policy.predictor(conditioning, settings.steps))
+        forest = rollout(
+            predict,
             noise.cpu() if settings.offload else noise,
             plan,
             schedule,
@@ -157,6 +166,8 @@ class Collector:
             keep_means=method.keep_means,
             device=policy.device,
         )
+        predict.check()
+        return forest
 
     def _score(
         self, images: Tensor, prompts: Sequence[Prompt], pool: ThreadPoolExecutor

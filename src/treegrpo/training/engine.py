@@ -17,18 +17,35 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import InitProcessGroupKwargs, gather_object
+from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
 from treegrpo.config import ModelConfig
 from treegrpo.device import usable_device
 from treegrpo.errors import UserError
+from treegrpo.finite import NotFiniteError
 from treegrpo.rewards import RewardError
 
 # How long processes wait for one that waits for a reward server, before they take it for dead.
 PROCESS_PATIENCE = timedelta(hours=2)
 
 _Item = TypeVar("_Item")
+
+# What Accelerate would take from its environment, where `accelerate launch` puts it, behind the
+# configuration's back. These would change no result: the value that asks for nothing, and what to
+# set instead.
+_NOT_FOLLOWED = {
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "1",
+        "train.micro_batch splits a step without changing its gradient",
+    ),
+    "ACCELERATE_DYNAMO_BACKEND": ("no", "model.compile=true compiles the model"),
+}
+_NOT_SUPPORTED = [
+    f"ACCELERATE_USE_{name}"
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG", "SAGEMAKER")
+]
+_OFF = ("", "false", "no", "off", "0", "f", "n")
 
 
 class Engine:
@@ -38,12 +55,15 @@ class Engine:
         device: where this process computes.
         rank, processes: its number, and how many there are.
         is_main: whether it is the one that writes and speaks.
+        warnings: to be told, once.
 
     Raises:
-        UserError: `model.device` cannot be used.
+        UserError: `model.device` cannot be used, or the environment asks Accelerate for something
+            that the configuration does not say.
     """
 
     def __init__(self, model: ModelConfig) -> None:
+        self.warnings = _check_environment(model.dtype)
         device = usable_device(model.device, "model.device")
         if device.index is not None and device.type != "cpu":
             if "LOCAL_RANK" in os.environ:
@@ -58,9 +78,18 @@ class Engine:
         )
         self._accelerator = Accelerator(
             cpu=device.type == "cpu",
+            # All given, because each would be taken from the environment.
+            mixed_precision="no",
+            dynamo_backend="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             kwargs_handlers=[distributed, InitProcessGroupKwargs(timeout=PROCESS_PATIENCE)],
         )
         self.device: torch.device = self._accelerator.device
+        if model.device != "auto" and self.device.type != device.type:
+            raise UserError(
+                f"model.device: got {model.device!r}, but ACCELERATE_USE_CPU or "
+                f"ACCELERATE_TORCH_DEVICE sets {str(self.device)!r}; must be 'auto' to take that"
+            )
         self.rank: int = self._accelerator.process_index
         self.processes: int = self._accelerator.num_processes
         self.is_main: bool = self._accelerator.is_main_process
@@ -108,21 +137,21 @@ class Engine:
 
     @contextmanager
     def failing_together(self) -> Iterator[None]:
-        """A reward that fails one process fails all, which would wait for that one in vain.
+        """What fails one process fails all, which would wait for that one in vain.
 
         Raises:
-            RewardError: on every process.
+            RewardError, NotFiniteError: on every process.
         """
         failure = None
         try:
             yield
-        except RewardError as error:
+        except (RewardError, NotFiniteError) as error:
             failure = error
-        everyones = self.everyones(None if failure is None else str(failure))
+        everyones = self.everyones(None if failure is None else (type(failure), str(failure)))
         if failure is not None:
             raise failure
-        for message in filter(None, everyones):
-            raise RewardError(message)
+        for kind, message in filter(None, everyones):
+            raise kind(message)
 
     # --- optimizing ---
 
@@ -141,3 +170,31 @@ class Engine:
     def clip_gradient(self, parameters: Sequence[nn.Parameter], largest: float) -> float:
         """Scale the gradient down to a norm of at most `largest`; returns the norm before."""
         return float(self._accelerator.clip_grad_norm_(parameters, largest))
+
+
+def _check_environment(dtype: str) -> list[str]:
+    """Refuse what contradicts the configuration; returns warnings of what is not followed.
+
+    Raises:
+        UserError: names every variable.
+    """
+    given = {name: value.strip().lower() for name, value in os.environ.items()}
+    precision = given.get("ACCELERATE_MIXED_PRECISION", "")
+    problems = [
+        f"environment variable {name}: got {given[name]!r}; must be 'false' or unset: every "
+        "process holds the whole model"
+        for name in _NOT_SUPPORTED
+        if given.get(name, "") not in _OFF
+    ]
+    if precision not in ("", "no", *(["bf16"] if dtype == "bfloat16" else [])):
+        problems.append(
+            f"environment variable ACCELERATE_MIXED_PRECISION: got {precision!r}; must be 'no' or "
+            f"unset: model.dtype, here {dtype}, says what is computed in (float32 or bfloat16)"
+        )
+    if problems:
+        raise UserError("\n  ".join(problems))
+    return [
+        f"environment variable {name}={given[name]} is not followed: {instead}"
+        for name, (nothing, instead) in _NOT_FOLLOWED.items()
+        if given.get(name, "") not in ("", nothing)
+    ]

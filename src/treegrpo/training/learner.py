@@ -16,7 +16,7 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
 from treegrpo.config import TrainConfig
-from treegrpo.errors import UserError
+from treegrpo.finite import NotFiniteError, check_finite
 from treegrpo.methods import Credit, Method, Update
 from treegrpo.models.adapters import has_lora
 from treegrpo.models.policy import Conditioning, Policy
@@ -73,9 +73,11 @@ class Learner:
         """An iteration's optimizer steps; returns their figures, over all processes.
 
         Raises:
-            UserError: the model does not reproduce what it sampled with, or training has diverged:
-                the step was not taken.
+            UserError: the model does not reproduce what it sampled with.
+            NotFiniteError: the advantages or the gradient are not finite: the step was not taken.
         """
+        with self._engine.failing_together():
+            check_finite("the samples' advantages are", credit.leaves, *credit.edges)
         rate = self._set_learning_rate(iteration)
         conditioning = self.policy.encode([prompt.text for prompt in batch.prompts])
         steps = batch.forest.plan.steps
@@ -123,12 +125,7 @@ class Learner:
         """Take the optimizer's step; returns the gradient's norm."""
         norm = self._engine.clip_gradient(self.parameters, self._settings.max_grad_norm)
         if not math.isfinite(norm):
-            # The weights are still those of before, and worth saving.
-            raise UserError(
-                f"the gradient of iteration {iteration} is not finite: training has diverged; "
-                "continue from an earlier state with a lower train.learning_rate or "
-                "train.max_grad_norm"
-            )
+            raise NotFiniteError(f"the gradient of iteration {iteration} is not finite")
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
@@ -191,6 +188,11 @@ class Learner:
             self.average.restore(self.parameters)
 
     # --- state ---
+
+    @property
+    def has_stepped(self) -> bool:
+        """Whether the parameters are no longer the initial model's."""
+        return bool(self.optimizer.state)
 
     def state_bytes(self) -> int:
         """About what `state_dict` takes on disk."""

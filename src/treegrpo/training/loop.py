@@ -87,12 +87,14 @@ def iterate(run: Run) -> dict[str, float]:
     progress, watch = run.progress, Stopwatch(run.policy.device)
     drawn_before = run.sampler.state_dict()
     try:
-        prompts = run.sampler.next(run.config.rollout.prompts_per_iteration)  # draw
-        plan = run.method.plan(progress.iteration)
-        batch = run.collector.collect(prompts, plan, progress.iteration, watch)  # sample and score
-        credit = run.method.credit(run.collector.scores(batch), batch.forest)  # credit
-        with watch("update"):
-            learned = run.learner.update(batch, credit, progress.iteration)  # update
+        with run.naming_stage():
+            prompts = run.sampler.next(run.config.rollout.prompts_per_iteration)  # draw
+            plan = run.method.plan(progress.iteration)
+            # sample and score
+            batch = run.collector.collect(prompts, plan, progress.iteration, watch)
+            credit = run.method.credit(run.collector.scores(batch), batch.forest)  # credit
+            with watch("update"):
+                learned = run.learner.update(batch, credit, progress.iteration)  # update
     except BaseException:
         # The iteration did not happen: a resumed run draws these prompts again.
         run.sampler.load_state_dict(drawn_before)

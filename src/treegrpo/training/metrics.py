@@ -5,8 +5,9 @@ Left out: where records go (`tracking.py`).
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -73,14 +74,19 @@ class UpdateMetrics:
             self._sums[name] = self._sums.get(name, 0.0) + value
             self._counts[name] = self._counts.get(name, 0) + count
         for name, value in least.items():
-            self._least[name] = min(self._least.get(name, value), value)
+            self._least[name] = _extreme(min, self._least.get(name, value), value)
         for name, value in most.items():
-            self._most[name] = max(self._most.get(name, value), value)
+            self._most[name] = _extreme(max, self._most.get(name, value), value)
 
     def record(self) -> dict[str, float]:
         """The loss and each figure: its mean, its least or its most."""
         means = {name: value / max(self._counts[name], 1) for name, value in self._sums.items()}
         return {"loss": self.loss, **means, **self._least, **self._most}
+
+
+def _extreme(choose: Callable[[float, float], float], first: float, second: float) -> float:
+    """`min` or `max`, and NaN where one is, which they let pass or not by its place."""
+    return math.nan if math.isnan(first) or math.isnan(second) else choose(first, second)
 
 
 class RewardMetrics:

@@ -1,0 +1,163 @@
+"""What is not finite is refused where it is made, by a message that names the stage."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import CommandLine
+from safetensors.torch import load_file, save_file
+
+from treegrpo.advantage import leaf_advantages
+from treegrpo.config import Config, load_config, method_of
+from treegrpo.errors import UserError
+from treegrpo.finite import NotFiniteError, Watched, check_finite
+from treegrpo.objective import Loss
+from treegrpo.training.build import Run, build
+from treegrpo.training.loop import iterate
+from treegrpo.training.metrics import UpdateMetrics
+
+REWARD = "jpeg_compressibility"  # which sees bytes, in which NaN is a color
+SETTINGS = [
+    "rollout.steps=4",
+    "rollout.branching=2",
+    "rollout.window_size=2",
+    "rollout.prompts_per_iteration=2",
+    "train.warmup_iterations=0",
+    "evaluation.max_prompts=2",
+    "evaluation.images_per_prompt=1",
+    "model.device=cpu",
+    f"rewards=[{{name: {REWARD}}}]",
+]
+UNTRAINED = "before the first step of training: look at the weights of model.path"
+
+
+@pytest.fixture
+def configure(tiny_checkpoint: Path, tmp_path: Path) -> Callable[..., Config]:
+    def build(*changes: str) -> Config:
+        paths = [f"model.path={tiny_checkpoint}", f"output={tmp_path / 'run'}"]
+        return load_config(None, [*SETTINGS, *paths, *changes])
+
+    return build
+
+
+@pytest.mark.parametrize(
+    ("file", "tensor", "stage"),
+    [
+        (
+            "vae/diffusion_pytorch_model.safetensors",
+            "decoder.conv_norm_out.weight",
+            "the decoder's images are not finite (NaN or infinite)",
+        ),
+        (
+            "transformer/diffusion_pytorch_model.safetensors",
+            "proj_out.bias",
+            "the network's output at step 0 (of 0 to 3) is not finite (NaN or infinite)",
+        ),
+        (
+            "text_encoder/model.safetensors",
+            "text_model.final_layer_norm.bias",
+            "the prompts' embeddings are not finite (NaN or infinite)",
+        ),
+    ],
+)
+def test_a_damaged_checkpoint_is_told_by_every_command(
+    treegrpo: CommandLine,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    file: str,
+    tensor: str,
+    stage: str,
+) -> None:
+    model = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    weights = load_file(model / file)
+    weights[tensor][0] = torch.nan
+    save_file(weights, model / file, {"format": "pt"})
+    drawn = ["--max-prompts", "1", "--steps", "4"]
+    prompt = ["--prompt", "a red circle", "--count", "1", "--out", "x.png"]
+    assert _told(treegrpo("sample", str(model), *prompt, *drawn)) == stage
+    assert not Path("x.png").exists()
+    assert _told(treegrpo("evaluate", str(model), "--rewards", REWARD, *drawn)) == stage
+    paths = [f"model.path={model}", "output=run", "model.embedding_cache=null"]
+    told = _told(treegrpo("train", *SETTINGS, *paths))
+    assert told.startswith(f"{stage}, {UNTRAINED}")
+    assert "diverged" not in told
+
+
+def _told(result: tuple[int, str, str]) -> str:
+    code, _, err = result
+    assert code == 2
+    return err.splitlines()[-1].removeprefix("error: ")
+
+
+def _poisoned(run: Run) -> None:
+    with torch.no_grad():
+        run.learner.parameters[-1].fill_(torch.nan)
+
+
+def test_the_stage_is_told_apart_by_whether_training_has_begun(
+    configure: Callable[..., Config],
+) -> None:
+    run = build(configure("train.ema_decay=null"))
+    _poisoned(run)
+    for work in (run.measure, lambda: iterate(run)):
+        with pytest.raises(NotFiniteError, match=rf"step 0 \(of 0 to 3\) is not .* {UNTRAINED}"):
+            work()
+    run = build(configure("train.ema_decay=null"))
+    iterate(run)
+    _poisoned(run)
+    for work in (run.measure, lambda: iterate(run)):
+        with pytest.raises(NotFiniteError, match=r"after 1 iterations: training has diverged"):
+            work()
+
+
+def test_infinite_statistics_of_a_reward_are_refused(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = build(configure())
+    monkeypatch.setitem(
+        run.rewards, REWARD, lambda images, *_: 1e30 * torch.arange(len(images)).float()
+    )
+    message = rf"the variance of the reward '{REWARD}' \(scores from 0 to 7e\+30\) is not finite"
+    with pytest.raises(NotFiniteError, match=message):
+        iterate(run)
+
+
+def test_a_first_ratio_that_is_no_number_is_refused(configure: Callable[..., Config]) -> None:
+    with pytest.raises(UserError, match="the first update's ratio is off 1 by nan"):
+        method_of(configure()).check_first_update({"ratio_error": torch.nan})
+
+
+@pytest.mark.parametrize("values", [(torch.nan, 1.0, 2.0), (1.0, torch.nan, 2.0)])
+def test_extremes_of_the_record_do_not_hide_what_is_no_number(values: tuple[float, ...]) -> None:
+    metrics = UpdateMetrics()
+    for value in map(torch.tensor, values):
+        metrics.add(Loss(value, 1, True, {}, least={"least": value}, most={"most": value}))
+    record = torch.tensor(list(metrics.record().values()))
+    assert record.isnan().all()
+
+
+def test_advantages_of_rewards_that_nearly_cancel_keep_what_is_no_number() -> None:
+    rewards = [torch.tensor([[0.0, 1.0, torch.nan]]), torch.tensor([[1.0, 0.0, 0.5]])]
+    assert leaf_advantages(rewards, [1.0, 1.0]).isnan().all()
+
+
+def test_integers_are_always_finite() -> None:
+    check_finite("masks are", torch.ones(2, dtype=torch.int64), torch.ones(2, dtype=torch.bool))
+    with pytest.raises(NotFiniteError, match=r"^halves are not finite \(NaN or infinite\)$"):
+        check_finite("halves are", torch.ones(1), torch.tensor([1e9]).half())
+
+
+def test_the_first_step_is_named() -> None:
+    def predict(x: torch.Tensor, step: int, prompt_index: torch.Tensor) -> torch.Tensor:
+        return x / (step - 2) if len(x) == 1 else x
+
+    watched, index = Watched(predict), torch.zeros(1, dtype=torch.int64)
+    for step in range(4):
+        for rows in (1, 2):  # a later part of the batch does not hide the first
+            watched(torch.ones(rows), step, index)
+    with pytest.raises(NotFiniteError, match=r"at step 2 \(of 0 to 3\)"):
+        watched.check()
