@@ -146,7 +146,7 @@ def plan(
     config = read_config(arguments)
     limit = None if memory is None else parse_memory(memory)
     check_model(config.model.path, "model.path", weights=False)
-    check_trainable(config.model.path)
+    check_trainable(config.model.path, in_full=not config.model.lora_rank)
     check_output(json_file, "--json")
     config.check_shares(processes)
     method_of(config).checked_plans(config.train.iterations)

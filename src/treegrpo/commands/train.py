@@ -49,7 +49,7 @@ def _check(config: Config, *, resume: bool, overwrite: bool) -> None:
     for index, reward in enumerate(config.rewards):
         check_reward_of(f"rewards.{index}.name", reward.name, reward.options)
     check_model(config.model.path, "model.path")
-    check_trainable(config.model.path)
+    check_trainable(config.model.path, in_full=not config.model.lora_rank)
     # Where there are several processes, the others may start after the first has begun to write.
     if os.environ.get("RANK", "0") == "0":
         check_run_folder(config, resume=resume, overwrite=overwrite)

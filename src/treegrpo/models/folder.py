@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,29 @@ FAMILIES = {
 _CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 _WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
 _VOCABULARIES = ("tokenizer.json", "spiece.model", "tokenizer.model")
+# How weights are packed, as a configuration's `quant_method`, to the package that unpacks them. Of
+# methods that are not here, the libraries themselves say what they need.
+_QUANTIZERS = {
+    "aqlm": "aqlm",
+    "auto-round": "auto-round",
+    "awq": "gptqmodel",
+    "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors",
+    "eetq": "kernels",
+    "gguf": "gguf",
+    "gptq": "gptqmodel",
+    "higgs": "flute-kernel",
+    "hqq": "hqq",
+    "modelopt": "nvidia-modelopt",
+    "mxfp4": "kernels",
+    "nunchaku_lite": "kernels",
+    "quanto": "optimum-quanto",
+    "quark": "amd-quark",
+    "sdnq": "sdnq",
+    "spqr": "spqr_quant",
+    "torchao": "torchao",
+    "vptq": "vptq",
+}
 _ENDINGS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
 
 
@@ -108,17 +132,50 @@ def check_checkpoint(folder: Path, field: str = "model.path", *, weights: bool =
         if weights or not name.startswith("tokenizer"):
             _check_component(folder / name, field, weights)
         # Its bytes are its vocabulary.
-        if weights and name.startswith("tokenizer") and index[name][1] != "ByT5Tokenizer":
-            _check_tokenizer(folder / name, field)
+        if name.startswith("tokenizer") and index[name][1] != "ByT5Tokenizer":
+            _check_tokenizer(folder / name, field, weights)
 
 
-def check_trainable(path: str) -> None:
-    """Refuse a folder of LoRA weights as a model to train, with a ModelError."""
-    if (Path(resolve(path)) / LORA_FILE).is_file():
+def check_trainable(path: str, *, in_full: bool = False) -> None:
+    """Refuse, with a ModelError, LoRA weights to train, and quantised ones to train in full."""
+    folder = Path(resolve(path))
+    if (folder / LORA_FILE).is_file():
         raise ModelError(
             f"model.path: {path} holds LoRA weights, which can be sampled and evaluated; to train "
             "them on, continue their run with --resume"
         )
+    # A hub's is looked at once it is here.
+    if in_full and (folder / INDEX_FILE).is_file():
+        check_full_training(folder)
+
+
+def check_full_training(folder: Path) -> None:
+    """Refuse, with a ModelError, a checkpoint whose network is quantised: it has no gradients."""
+    for network in ("transformer", "unet"):
+        file = folder / network / "config.json"
+        if file.is_file() and (method := _quantization(read_json(file))):
+            raise ModelError(
+                f"model.lora_rank: got 0, which trains all weights, but those of {folder / network}"
+                f" are quantised ({method}) and cannot be changed; must be at least 1, or "
+                "model.path a checkpoint that is not quantised"
+            )
+
+
+def _quantization(config: Mapping[str, Any]) -> str | None:
+    """The method by which a component's weights are quantised; None: they are plain."""
+    settings = config.get("quantization_config")
+    if not isinstance(settings, dict):
+        return None
+    by_size = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    return str(settings.get("quant_method") or ("bitsandbytes" if by_size else "unknown method"))
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def check_family(path: str, index: Mapping[str, Any], field: str = "model.path") -> str:
@@ -180,7 +237,13 @@ def _check_component(folder: Path, field: str, needs_weights: bool) -> None:
         if not folder.name.startswith("tokenizer") or not folder.is_dir():
             raise ModelError(f"{field}: {config} is missing; the checkpoint is incomplete")
         return
-    read_json(config, field)
+    method = _quantization(read_json(config, field))
+    package = _QUANTIZERS.get(method or "")
+    if package is not None and not _is_installed(package):
+        raise ModelError(
+            f"{field}: the weights of {folder} are quantised ({method}), for which the package "
+            f"{package} is missing; install it (`pip install {package}`)"
+        )
     if not needs_weights or folder.name.startswith(tuple(_CONFIGS)):
         return
     # Variants (model.fp16.safetensors) are not what from_pretrained takes by default.
@@ -197,8 +260,9 @@ def _check_component(folder: Path, field: str, needs_weights: bool) -> None:
             f"{field}: {folder} holds no weights (such as {_WEIGHTS[0]}{_ENDINGS[0]}); the "
             "checkpoint is incomplete"
         )
+    plain = method is None
     if weights.suffix != ".json":
-        _check_weights(weights, field)
+        _check_weights(weights, field, plain)
         return
     for shard in sorted(set(read_json(weights, field).get("weight_map", {}).values())):
         if not (folder / shard).is_file():
@@ -206,22 +270,38 @@ def _check_component(folder: Path, field: str, needs_weights: bool) -> None:
                 f"{field}: {folder / shard} is missing, which {weights.name} names; the "
                 "checkpoint is incomplete"
             )
-        _check_weights(folder / shard, field)
+        _check_weights(folder / shard, field, plain)
 
 
-def _check_tokenizer(folder: Path, field: str) -> None:
+def _check_tokenizer(folder: Path, field: str, must_be: bool) -> None:
     """With an empty vocabulary, all prompts would be alike to transformers."""
-    if any((folder / name).is_file() for name in _VOCABULARIES):
+    if all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
         return
-    if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+    file = next((folder / name for name in _VOCABULARIES if (folder / name).is_file()), None)
+    if file is None and must_be:
         raise ModelError(
             f"{field}: {folder} holds no vocabulary ({', '.join(_VOCABULARIES)}, or vocab.json "
             "with merges.txt); the checkpoint is incomplete"
         )
+    if file is None or file.suffix == ".json":
+        return
+    with file.open("rb") as opened:
+        # The other kind is lines of text.
+        packages = ("sentencepiece", "protobuf") if opened.read(1) == b"\n" else ("tiktoken",)
+    for package in packages:
+        if not _is_installed(package):
+            raise ModelError(
+                f"{field}: {folder} holds its vocabulary as {file.name} alone, for which the "
+                f"package {package} is missing; install it (`pip install {package}`), or add the "
+                "tokenizer.json of the same model"
+            )
 
 
-def _check_weights(path: Path, field: str) -> None:
-    """Refuse a damaged file: safetensors' header says its length, torch's is a zip or a pickle."""
+def _check_weights(path: Path, field: str, plain: bool = True) -> None:
+    """Refuse a damaged file: safetensors' header says its length, torch's is a zip or a pickle.
+
+    With `plain`, bytes in the place of floats are refused too: alone they are no weights.
+    """
     if path.suffix != ".safetensors":
         with path.open("rb") as file:
             start = file.read(4)
@@ -235,7 +315,8 @@ def _check_weights(path: Path, field: str) -> None:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(length)) if length < size else {"": {}}
-        offsets = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        tensors = {k: v for k, v in header.items() if k != "__metadata__"}
+        offsets = [tensor["data_offsets"][1] for tensor in tensors.values()]
     except (OSError, ValueError, struct.error, AttributeError, KeyError) as error:
         raise ModelError(f"{field}: {path} is not a safetensors file, or is damaged") from error
     expected = 8 + length + max(offsets, default=0)
@@ -243,4 +324,10 @@ def _check_weights(path: Path, field: str) -> None:
         raise ModelError(
             f"{field}: {path} is damaged: it has {size:,} bytes, its header says {expected:,}; "
             "download or copy it again"
+        )
+    packed = [name for name, tensor in tensors.items() if tensor.get("dtype") in ("I8", "U8")]
+    if plain and packed:
+        raise ModelError(
+            f"{field}: {path} holds {len(packed):,} tensors of bytes, such as {packed[0]!r}, but "
+            "its config.json has no quantization_config that says how to read them as weights"
         )

@@ -31,6 +31,7 @@ from treegrpo.models.folder import (
     ModelError,
     check_checkpoint,
     check_family,
+    check_full_training,
     check_trainable,
     read_json,
     resolve,
@@ -112,8 +113,10 @@ def load_weights(
     """
     if train:
         check_trainable(model.path)
-    read = read or partial(policy.checkpoint.read, device=policy.device)
     all_trained = train and not model.lora_rank
+    if all_trained and read is None:
+        check_full_training(policy.checkpoint.folder)
+    read = read or partial(policy.checkpoint.read, device=policy.device)
     policy.network = read(policy.network_name, torch.float32 if all_trained else policy.dtype)
     if policy.checkpoint.lora_folder is not None:
         load_lora(policy, policy.checkpoint.lora_folder)

@@ -187,7 +187,7 @@ def build(config: Config, *, resume: bool = False) -> Run:
     held_out = all_held_out[: config.evaluation.max_prompts]
     check_prompts(rewards, [*train_prompts, *held_out])
     config.check_shares(engine.processes)
-    check_trainable(config.model.path)
+    check_trainable(config.model.path, in_full=not config.model.lora_rank)
     torch.manual_seed(config.train.seed)
     policy = open_policy(config.model, device=engine.device, steps=config.rollout.steps)
     schedule = policy.schedule(config.rollout.steps)
