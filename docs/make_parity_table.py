@@ -109,8 +109,9 @@ the text encoders are diffusers' and transformers' own, so what they read is fol
 | file | setting | |
 |---|---|---|
 | `scheduler` | FlowMatchEuler, with its shifts, `shift_terminal`, Karras', exponential and beta levels | followed |
-| `scheduler` | DEIS, DPM-Solver++ (multistep, singlestep) and UniPC with `use_flow_sigmas` and `prediction_type: flow_prediction` | followed in their levels |
-| `scheduler` | the same without either; others | refused |
+| `scheduler` | DPM-Solver++ (multistep, singlestep) and UniPC with `use_flow_sigmas` and `prediction_type: flow_prediction` | followed in their levels |
+| `scheduler` | the same without either; others (DEIS too, whose last two levels are one) | refused |
+| `scheduler` | settings that the pipeline cannot set the levels with: `use_dynamic_shifting` in Sana and Wan, DPM-Solver++ without it in FLUX.1 or at all in Qwen-Image | refused |
 | `scheduler` | `invert_sigmas` true | refused |
 
 ### Stable Diffusion 3

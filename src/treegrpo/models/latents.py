@@ -74,7 +74,6 @@ class Flow(Policy):
     """
 
     schedulers: ClassVar = (
-        "DEISMultistepScheduler",
         "DPMSolverMultistepScheduler",
         "DPMSolverSinglestepScheduler",
         "FlowMatchEulerDiscreteScheduler",

@@ -385,7 +385,7 @@ class Policy(ABC):
         with torch.autocast(
             self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
         ):
-            timesteps = torch.full((len(x),), timestep, device=x.device)
+            timesteps = torch.full((len(x),), float(timestep), device=x.device)
             return self.forward(network or self.network, x, timesteps, conditioning).float()
 
     @torch.no_grad()
