@@ -63,6 +63,10 @@ the text encoders are diffusers' and transformers' own, so what they read is fol
 | `model_index.json` | another component left out | refused |
 | network and decoder | `in_channels` of the network beside `latent_channels` or `z_dim` of the decoder (4 of them a token in FLUX.1 and Qwen-Image) | refused where they differ: networks for inpainting, filling and depth |
 | CLIP's tokenizers | `model_max_length` | followed; where it is left out or beyond the text encoder's `max_position_embeddings`, that counts (diffusers fails) |
+| `scheduler` | settings of another scheduler, kept in the file | followed: of no effect |
+| `scheduler` | few-step and stochastic samplers: LCM, FlowMatchLCM, TCD, SASolver, DPMSolverSDE, `stochastic_sampling`, `algorithm_type: sde-dpmsolver++` | refused, with the schedulers that are followed |
+| `scheduler` | `thresholding` true | refused |
+| `scheduler` | solvers of a higher order, `solver_order`, `lower_order_final` and the like | their levels are followed, with first-order steps |
 | image processor | none is read: pixels from [-1, 1] to [0, 1], clipped | followed |
 
 ### Stable Diffusion 1 and 2
@@ -77,7 +81,9 @@ the text encoders are diffusers' and transformers' own, so what they read is fol
 | `vae` | `shift_factor` | followed: not used |
 | `text_encoder` | `use_attention_mask` | followed |
 | `scheduler` | `steps_offset` other than 1, `clip_sample` true | followed: 1 and false |
-| `scheduler` | `thresholding` true | refused |
+| `scheduler` | DDIM, DDPM, PNDM, Euler, ancestral Euler, LMS, DEIS, DPM-Solver++ and UniPC (multistep), with their spacings, Karras', exponential and beta levels | followed; others refused |
+| `scheduler` | noise of DDPM's and the ancestral Euler scheduler | left out, with a warning: DDIM and Euler stand in |
+| `scheduler` | `use_flow_sigmas`, `prediction_type: flow_prediction` | refused |
 | settings | sizes that 8 or the decoder's factor does not divide | refused |
 | `safety_checker` | | not loaded: rewards see every image |
 
@@ -94,8 +100,19 @@ the text encoders are diffusers' and transformers' own, so what they read is fol
 | `vae` | `force_upcast` | of no effect: it is about float16, which is not offered |
 | `model_index.json` | `force_zeros_for_empty_prompt` | followed |
 | `model_index.json` | `add_watermarker` | not followed: images have no watermark |
-| `scheduler` | `clip_sample`, `thresholding` true | refused |
+| `scheduler` | `clip_sample` true | refused |
+| `scheduler` | all else | as of Stable Diffusion 1 and 2 |
 | settings | sizes that 8 or the decoder's factor does not divide | refused |
+
+### All flows (Stable Diffusion 3, FLUX.1, Qwen-Image, Sana, Wan)
+
+| file | setting | |
+|---|---|---|
+| `scheduler` | FlowMatchEuler, with its shifts, `shift_terminal`, Karras', exponential and beta levels | followed |
+| `scheduler` | DPM-Solver++ (multistep, singlestep) and UniPC with `use_flow_sigmas` and `prediction_type: flow_prediction` | followed in their levels |
+| `scheduler` | the same without either; others (DEIS too, whose last two levels are one) | refused |
+| `scheduler` | settings that the pipeline cannot set the levels with: `use_dynamic_shifting` in Sana and Wan, DPM-Solver++ without it in FLUX.1 or at all in Qwen-Image | refused |
+| `scheduler` | `invert_sigmas` true | refused |
 
 ### Stable Diffusion 3
 

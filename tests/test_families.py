@@ -11,7 +11,7 @@ import pytest
 import tiny_checkpoints
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import Case, Edits, edited
+from tiny_checkpoints import Case, Edits, edited, flow_solver
 
 from treegrpo import cli
 from treegrpo.config import ModelConfig
@@ -187,6 +187,108 @@ def test_what_the_pipeline_does_not_draw_is_refused_by_name(
     folder = edited(checkpoints[name], tmp_path / "edited", edits)
     with pytest.raises(ModelError, match=message):
         open_policy(section(folder), device=torch.device("cpu"))
+
+
+# What a solver of several steps says where it is a flow's.
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "settings", "message"),
+    [
+        ("FlowMatchLCMScheduler", {}, "got a checkpoint with a FlowMatchLCMScheduler; .* must be"),
+        ("FlowMatchHeunDiscreteScheduler", {}, "with a FlowMatchHeunDiscreteScheduler; .* must be"),
+        (
+            "DDIMScheduler",
+            {},
+            "got a checkpoint with a DDIMScheduler; the scheduler must be one of",
+        ),
+        # Never reaches a flow's end: its last level is there twice.
+        ("DEISMultistepScheduler", FLOW, "with a DEISMultistepScheduler; .* must be one of DPM"),
+        ("SASolverScheduler", FLOW, "got a checkpoint with a SASolverScheduler; .* must be one of"),
+        # Needs a package that is not installed; it is refused all the same.
+        ("DPMSolverSDEScheduler", {}, "a DPMSolverSDEScheduler; the scheduler must be one of DPM"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {"stochastic_sampling": True},
+            "has stochastic_sampling true, .*; must be false",
+        ),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {"invert_sigmas": True},
+            "has invert_sigmas true; must be false: .* is a flow",
+        ),
+        (
+            "DPMSolverMultistepScheduler",
+            {**FLOW, "algorithm_type": "sde-dpmsolver++"},
+            r"has algorithm_type 'sde-dpmsolver\+\+', .*; must be 'dpmsolver\+\+'",
+        ),
+        (
+            "DPMSolverMultistepScheduler",
+            {**FLOW, "thresholding": True},
+            "has thresholding true; must be false",
+        ),
+        (
+            "UniPCMultistepScheduler",
+            {**FLOW, "prediction_type": "epsilon"},
+            'has prediction_type "epsilon"; must be "flow_prediction": .* is a flow',
+        ),
+        (
+            "UniPCMultistepScheduler",
+            {**FLOW, "use_flow_sigmas": False},
+            "has use_flow_sigmas false; must be true: .* is a flow",
+        ),
+    ],
+)
+@pytest.mark.parametrize("name", ["FLUX.1 dev", "Qwen-Image", "Sana", "Wan 2.1"])
+def test_schedulers_whose_steps_are_not_a_flows_ode_are_refused(
+    name: str,
+    scheduler: str,
+    settings: dict[str, Any],
+    message: str,
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+) -> None:
+    edits = {
+        "model_index.json": {"scheduler": ["diffusers", scheduler]},
+        "scheduler/scheduler_config.json": settings,
+    }
+    folder = edited(checkpoints[name], tmp_path / "edited", edits)
+    with pytest.raises(ModelError, match=f"model\\.path: .*{message}"):
+        open_policy(section(folder), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "solver", "settings"),
+    [
+        # No shift is passed to them.
+        ("Sana", "FlowMatchEulerDiscreteScheduler", {"use_dynamic_shifting": True}),
+        ("Wan 2.1", "UniPCMultistepScheduler", {"use_dynamic_shifting": True}),
+        # One is passed, which DPM-Solver++ takes only where it is wanted, and no levels at all.
+        ("FLUX.1 dev", "DPMSolverMultistepScheduler", {"use_dynamic_shifting": False}),
+        (
+            "FLUX.1 dev",
+            "DPMSolverMultistepScheduler",
+            {"use_dynamic_shifting": True, "time_shift_type": "linear"},
+        ),
+        ("Qwen-Image", "DPMSolverMultistepScheduler", {"use_dynamic_shifting": True}),
+    ],
+)
+def test_a_scheduler_that_the_pipeline_cannot_set_is_refused(
+    name: str,
+    solver: str,
+    settings: dict[str, Any],
+    checkpoints: Checkpoints,
+    tmp_path: Path,
+) -> None:
+    folder = edited(checkpoints[name], tmp_path / "edited", flow_solver(solver, **settings))
+    policy = open_policy(section(folder), device=torch.device("cpu"))
+    case = next(case for case in CASES if case.name == name)
+    with pytest.raises((ValueError, AssertionError)):
+        case.call(case.pipeline(folder), PROMPTS, noise_of(policy), policy.sampling)
+    message = rf"model\.path: {solver}, .* cannot be set as {policy.pipeline_name} sets it"
+    with pytest.raises(ModelError, match=message):
+        policy.schedule(STEPS)
 
 
 @pytest.mark.parametrize("name", ["FLUX.1 dev", "Stable Diffusion 1.5", "Stable Diffusion XL"])

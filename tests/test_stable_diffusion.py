@@ -155,6 +155,26 @@ def test_euler_levels_need_a_deterministic_last_step(tmp_path: Path) -> None:
             {**BETAS, "prediction_type": "flow_prediction"},
             "prediction_type 'flow_prediction'; must be epsilon",
         ),
+        (
+            "LCMScheduler",
+            BETAS,
+            "got a checkpoint with a LCMScheduler; the scheduler must be one of",
+        ),
+        (
+            "TCDScheduler",
+            BETAS,
+            "got a checkpoint with a TCDScheduler; the scheduler must be one of",
+        ),
+        (
+            "DPMSolverMultistepScheduler",
+            {**BETAS, "algorithm_type": "sde-dpmsolver++"},
+            r"has algorithm_type 'sde-dpmsolver\+\+', .*; must be 'dpmsolver\+\+'",
+        ),
+        (
+            "UniPCMultistepScheduler",
+            {**BETAS, "use_flow_sigmas": True},
+            "has use_flow_sigmas true; must be false",
+        ),
         ("DDIMScheduler", {**SCHEDULER, "thresholding": True}, "has thresholding true; must be"),
         (
             "DDIMScheduler",
@@ -169,6 +189,27 @@ def test_what_has_no_such_steps_is_refused(
     folder = changed(source, tmp_path, scheduler, **settings)
     with pytest.raises(ModelError, match=f"model.path: .*{message}"):
         opened(folder).schedule(10)
+
+
+@pytest.mark.parametrize(
+    ("name", "stands_in"),
+    [
+        ("DDPMScheduler", "DDIMScheduler"),
+        ("EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler"),
+        ("EulerDiscreteScheduler", None),
+        ("DDIMScheduler", None),
+    ],
+)
+def test_a_schedulers_noise_that_is_left_out_is_told(
+    name: str,
+    stands_in: str | None,
+    source: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    opened(changed(source, tmp_path, name, **BETAS))
+    told = f"a {name}, adds noise at every step; steps without noise are {stands_in}'s on"
+    assert (told in caplog.text) == bool(caplog.text) == (stands_in is not None)
 
 
 def test_clipping_is_refused_where_the_pipeline_does_it(tmp_path: Path) -> None:

@@ -34,14 +34,17 @@ def edited(source: Path, folder: Path, edits: Edits) -> Path:
 
 
 def scheduler(name: str, **settings: Any) -> Edits:
-    """The edits that give a checkpoint another scheduler; the new one's defaults count."""
-    import diffusers
-
-    config = dict(getattr(diffusers, name)(**settings).config)
+    """The edits that give a checkpoint another scheduler; the old one's settings stay beside."""
     return {
         "model_index.json": {"scheduler": ["diffusers", name]},
-        "scheduler/scheduler_config.json": {"_class_name": name, **config},
+        "scheduler/scheduler_config.json": {"_class_name": name, **settings},
     }
+
+
+def flow_solver(name: str, **settings: Any) -> Edits:
+    """A solver of a higher order for flows, with first-order steps, which ours are."""
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": 1}
+    return scheduler(name, **flow, disable_corrector=list(range(50)), **settings)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiny_checkpoints import Case, byte_level_clip_tokenizer, save_pipeline
+from tiny_checkpoints import Case, byte_level_clip_tokenizer, flow_solver, save_pipeline
 from treegrpo.models.policy import Conditioning, Sampling
 
 
@@ -113,6 +113,16 @@ CASES = [
             "tall, long prompts": {"height": 32, "width": 20, "max_sequence_length": 40},
         },
         edits={
+            "DPM-Solver++": flow_solver("DPMSolverMultistepScheduler", use_dynamic_shifting=True),
+            "DPM-Solver++, singlestep": flow_solver(
+                "DPMSolverSinglestepScheduler", use_dynamic_shifting=True
+            ),
+            "UniPC": flow_solver(
+                "UniPCMultistepScheduler", use_dynamic_shifting=False, flow_shift=3.0
+            ),
+            "UniPC, dynamic shifting": flow_solver(
+                "UniPCMultistepScheduler", use_dynamic_shifting=True
+            ),
             "base_shift and linear shifting": {
                 "scheduler/scheduler_config.json": {
                     "base_shift": 0.8,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiny_checkpoints import Case, save_pipeline
+from tiny_checkpoints import Case, flow_solver, save_pipeline
 from treegrpo.models.policy import Conditioning, Sampling
 
 
@@ -142,6 +142,9 @@ CASES = [
             "tall": {"height": 40, "width": 24, "guidance_scale": 2.5},
         },
         edits={
+            "UniPC": flow_solver(
+                "UniPCMultistepScheduler", use_dynamic_shifting=True, shift_terminal=0.02
+            ),
             "no shifting, classes' defaults left out": {
                 "scheduler/scheduler_config.json": {
                     "use_dynamic_shifting": ...,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiny_checkpoints import Case, save_pipeline
+from tiny_checkpoints import Case, flow_solver, save_pipeline, scheduler
 from treegrpo.models.policy import Conditioning, Sampling
 
 
@@ -152,6 +152,8 @@ CASES = [
             "wide": {"height": 64, "width": 96},
         },
         edits={
+            "FlowMatchEuler": scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0),
+            "DPM-Solver++, singlestep": flow_solver("DPMSolverSinglestepScheduler", flow_shift=3.0),
             "classes' defaults left out": {
                 "transformer/config.json": {"timestep_scale": ..., "patch_size": ...}
             },

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiny_checkpoints import Case, byte_level_clip_tokenizer, save_pipeline
+from tiny_checkpoints import Case, byte_level_clip_tokenizer, flow_solver, save_pipeline
 from treegrpo.models.policy import Conditioning, Sampling
 
 
@@ -127,6 +127,11 @@ CASES = [
             "wide": {"height": 16, "width": 24},
         },
         edits={
+            "DPM-Solver++": flow_solver("DPMSolverMultistepScheduler", flow_shift=3.0),
+            "DPM-Solver++, dynamic shifting": flow_solver(
+                "DPMSolverMultistepScheduler", use_dynamic_shifting=True, max_image_seq_len=32
+            ),
+            "UniPC": flow_solver("UniPCMultistepScheduler", flow_shift=3.0),
             "dynamic shifting": {
                 "scheduler/scheduler_config.json": {
                     "use_dynamic_shifting": True,

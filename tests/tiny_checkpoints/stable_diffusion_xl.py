@@ -102,6 +102,13 @@ CASES = [
                 }
             },
             "latents_mean alone": {"vae/config.json": {"latents_mean": [-1.6, 1.8, -1.3, 2.5]}},
+            "another scheduler's settings": {
+                "scheduler/scheduler_config.json": {
+                    "clip_sample": True,
+                    "thresholding": True,
+                    "algorithm_type": "sde-dpmsolver++",
+                }
+            },
             "shift_factor of the decoder": {"vae/config.json": {"shift_factor": 0.2}},
             "sample_size 8 of diffusers 0.6": {"unet/config.json": {"_diffusers_version": "0.6.0"}},
             "force_zeros_for_empty_prompt false": {

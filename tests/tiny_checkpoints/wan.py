@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiny_checkpoints import Case, save_pipeline
+from tiny_checkpoints import Case, flow_solver, save_pipeline, scheduler
 from treegrpo.models.policy import Conditioning, Sampling
 
 
@@ -110,6 +110,8 @@ CASES = [
             "one frame": {"frames": 1},
         },
         edits={
+            "FlowMatchEuler": scheduler("FlowMatchEulerDiscreteScheduler", shift=3.0),
+            "DPM-Solver++, singlestep": flow_solver("DPMSolverSinglestepScheduler", flow_shift=3.0),
             "classes' defaults left out": {
                 "vae/config.json": {"scale_factor_spatial": ..., "scale_factor_temporal": ...},
                 "transformer/config.json": {"patch_size": ...},

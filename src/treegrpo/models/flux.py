@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from treegrpo.models.folder import ModelError
 from treegrpo.models.latents import JOINT_ATTENTION, PackedFlow, decode, unscaled
 from treegrpo.models.policy import Conditioning, Configs, Sampling
+from treegrpo.transition import Schedule
 
 
 class Flux(PackedFlow):
@@ -80,6 +81,12 @@ class Flux(PackedFlow):
             1, *self.size_in_tokens, self.device, torch.float32
         )
         return ids
+
+    def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
+        """A multistep scheduler's own spacing instead, where it has a flow's."""
+        if self.scheduler.config.get("use_flow_sigmas"):
+            return self.levels(steps, mu=self.shift)
+        return super().noise_levels(steps)
 
     def forward(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning

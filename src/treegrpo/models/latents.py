@@ -5,8 +5,9 @@ Left out: what one family alone does, which stands in its file.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -66,28 +67,61 @@ def refuse_inputs(configs: Configs, switches: Sequence[str]) -> None:
 # --- noise levels ---
 
 
-def flow_levels(
-    scheduler: Any, steps: int, sigmas: Sequence[float] | None = None, **settings: Any
-) -> tuple[Schedule, list[float]]:
-    """A rectified flow's schedule and timesteps, as the scheduler sets them.
+class Flow(Policy):
+    """A rectified flow, which predicts a velocity, with its scheduler's levels.
 
-    `sigmas` are the levels before the scheduler's own shift (None: its own spacing); `settings` go
-    to `set_timesteps`.
-
-    Raises:
-        ModelError: the scheduler is not a flow's.
-        PlanError: its levels are none that a rollout can follow.
+    Of solvers of a higher order the levels are taken, and the first-order step.
     """
-    # FlowMatchEuler schedulers have no such key; others can be a flow's or not.
-    if not scheduler.config.get("use_flow_sigmas", True):
-        raise ModelError(
-            "model.path: the scheduler's use_flow_sigmas is false; must be a flow's scheduler"
-        )
-    if sigmas is None:
-        scheduler.set_timesteps(steps, **settings)
-    else:
-        scheduler.set_timesteps(sigmas=list(sigmas), **settings)
-    return flow_schedule(scheduler.sigmas.tolist()), scheduler.timesteps.tolist()
+
+    schedulers: ClassVar = (
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "UniPCMultistepScheduler",
+    )
+
+    def check_scheduler(self, scheduler: Mapping[str, Any]) -> None:
+        """And those that are not a flow's, or run from the image to the noise."""
+        super().check_scheduler(scheduler)
+        # FlowMatchEuler's has neither of the first two.
+        wanted = {
+            "use_flow_sigmas": True,
+            "prediction_type": "flow_prediction",
+            "invert_sigmas": False,
+        }
+        for setting, value in wanted.items():
+            found = scheduler.get(setting, value)
+            if found != value:
+                raise ModelError(
+                    f"model.path: the scheduler of {self.checkpoint.folder} has {setting} "
+                    f"{json.dumps(found)}; must be {json.dumps(value)}: the model of "
+                    f"{self.pipeline_name} is a flow"
+                )
+
+    def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
+        """The scheduler's."""
+        return self.levels(steps)
+
+    def levels(self, steps: int, **settings: Any) -> tuple[Schedule, list[float]]:
+        """The schedule and timesteps, as the scheduler sets them.
+
+        Args:
+            settings: what the pipeline passes to `set_timesteps` beside the steps: `sigmas`, the
+                levels before the scheduler's own shift, and `mu`, the shift.
+
+        Raises:
+            ModelError: the scheduler refuses them.
+            PlanError: its levels are none that a rollout can follow.
+        """
+        try:
+            self.scheduler.set_timesteps(steps, **settings)
+        except Exception as error:  # each scheduler has its own
+            raise ModelError(
+                f"model.path: {type(self.scheduler).__name__}, the scheduler of "
+                f"{self.checkpoint.folder}, cannot be set as {self.pipeline_name} sets it (with "
+                f"{' and '.join(settings) or 'the steps alone'}): {type(error).__name__}: {error}"
+            ) from error
+        return flow_schedule(self.scheduler.sigmas.tolist()), self.scheduler.timesteps.tolist()
 
 
 def shift_for(scheduler: Any, tokens: int, max_shift: float) -> float:
@@ -111,7 +145,7 @@ def shift_for(scheduler: Any, tokens: int, max_shift: float) -> float:
 # --- packing ---
 
 
-class PackedFlow(Policy):
+class PackedFlow(Flow):
     """A rectified flow on tokens of 2x2 latents, as FLUX.1's and those of models that followed."""
 
     @classmethod
@@ -144,9 +178,13 @@ class PackedFlow(Policy):
 
     def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
         """Evenly spaced, shifted by the image's tokens where the scheduler says so."""
-        sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist()
-        shift = shift_for(self.scheduler, self.latent_shape[0], 1.15)
-        return flow_levels(self.scheduler, steps, sigmas, mu=shift)
+        sigmas = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).numpy()
+        return self.levels(steps, sigmas=sigmas, mu=self.shift)
+
+    @property
+    def shift(self) -> float:
+        """How far the levels move towards noise, by the image's tokens."""
+        return shift_for(self.scheduler, self.latent_shape[0], 1.15)
 
 
 # --- decoding ---

@@ -94,6 +94,8 @@ class Policy(ABC):
     """The pipeline's own defaults."""
     kept_layers: ClassVar[tuple[str, ...]] = ()
     """The text encoders of which the pipeline wants every layer's output."""
+    schedulers: ClassVar[tuple[str, ...]]
+    """Those whose levels are followed: of deterministic solvers, and what may stand for one."""
     longest_prompt: ClassVar[int | None] = None
     """In tokens: the limit of the pipeline's `check_inputs`, which no configuration holds."""
     optional_parts: ClassVar[tuple[str, ...]] = ()
@@ -133,6 +135,37 @@ class Policy(ABC):
             raise ModelError(
                 f"model.frames: got {sampling.frames}; {cls.pipeline_name} makes images, so it "
                 "must be null"
+            )
+
+    def check_scheduler(self, scheduler: Mapping[str, Any]) -> None:
+        """Refuse, with a ModelError, a scheduler for which our steps would be another sampler.
+
+        A rollout's steps without noise are an ODE solver's. Few-step and stochastic samplers draw
+        other images from the same levels, and models distilled for them draw poor ones otherwise.
+        """
+        name, whose = scheduler["_class_name"], f"the scheduler of {self.checkpoint.folder}"
+        if name not in self.schedulers:
+            raise ModelError(
+                f"model.path: got a checkpoint with a {name}; the scheduler must be one of "
+                f"{', '.join(sorted(self.schedulers))} (steps without noise are an ODE solver's; "
+                "where that suits the weights, name one in model_index.json and in scheduler/)"
+            )
+        if scheduler.get("thresholding"):
+            raise ModelError(
+                f"model.path: {whose} has thresholding true; must be false, since latents have no "
+                "bounds"
+            )
+        if scheduler.get("stochastic_sampling"):
+            raise ModelError(
+                f"model.path: {whose} has stochastic_sampling true, which adds noise at every step "
+                "where ours would follow the ODE; must be false, where that suits the weights"
+            )
+        algorithm = str(scheduler.get("algorithm_type"))
+        if algorithm.startswith("sde-"):
+            raise ModelError(
+                f"model.path: {whose} has algorithm_type {algorithm!r}, which adds noise at every "
+                f"step where ours would follow the ODE; must be {algorithm.removeprefix('sde-')!r},"
+                " where that suits the weights"
             )
 
     def make_scheduler(self) -> Any:
@@ -244,6 +277,7 @@ class Policy(ABC):
         self._check_size()
         self._check_prompt_length()
         self.check_sampling(self.sampling, self.configs)
+        self.check_scheduler(self.configs["scheduler"])
         self.scheduler: Any = self.make_scheduler()
         self.network: nn.Module
         self.vae: Any = None
@@ -356,7 +390,7 @@ class Policy(ABC):
         with torch.autocast(
             self.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False
         ):
-            timesteps = torch.full((len(x),), timestep, device=x.device)
+            timesteps = torch.full((len(x),), float(timestep), device=x.device)
             return self.forward(network or self.network, x, timesteps, conditioning).float()
 
     @torch.no_grad()

@@ -12,10 +12,9 @@ from typing import Any, ClassVar
 from diffusers import SanaPipeline
 from torch import Tensor, nn
 
-from treegrpo.models.latents import ImageLatents, decode, flow_levels, refuse_inputs
+from treegrpo.models.latents import Flow, ImageLatents, decode, refuse_inputs
 from treegrpo.models.policy import Conditioning, Configs, Sampling
 from treegrpo.models.text import count_tokens
-from treegrpo.transition import Schedule
 
 # The instruction that the pipeline puts before every prompt, but not before a negative one.
 _INSTRUCTION: list[str] = (
@@ -25,7 +24,7 @@ _INSTRUCTION: list[str] = (
 _NEGATIVE = "\0negative: "
 
 
-class Sana(ImageLatents):
+class Sana(Flow, ImageLatents):
     """`SanaPipeline`, without resolution binning: an image has the size that was asked for."""
 
     pipeline_name: ClassVar = "SanaPipeline"
@@ -78,10 +77,6 @@ class Sana(ImageLatents):
     def call_settings(self) -> dict[str, Any]:
         """Without resolution binning."""
         return {**super().call_settings(), "use_resolution_binning": False}
-
-    def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
-        """The scheduler's."""
-        return flow_levels(self.scheduler, steps)
 
     def forward(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning

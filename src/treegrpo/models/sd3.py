@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from treegrpo.models.folder import ModelError
 from treegrpo.models.latents import (
     JOINT_ATTENTION,
+    Flow,
     ImageLatents,
     decode,
-    flow_levels,
     shift_for,
     unscaled,
 )
@@ -22,7 +22,7 @@ from treegrpo.models.policy import Conditioning, Configs, Sampling
 from treegrpo.transition import Schedule
 
 
-class StableDiffusion3(ImageLatents):
+class StableDiffusion3(Flow, ImageLatents):
     """`StableDiffusion3Pipeline`, with and without its T5 encoder."""
 
     pipeline_name: ClassVar = "StableDiffusion3Pipeline"
@@ -70,10 +70,10 @@ class StableDiffusion3(ImageLatents):
     def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
         """The scheduler's; with dynamic shifting they depend on the size."""
         if not self.scheduler.config.get("use_dynamic_shifting"):
-            return flow_levels(self.scheduler, steps)
+            return self.levels(steps)
         (height, width), patch = self.sampling.size, self.size_multiple(self.configs)
         shift = shift_for(self.scheduler, (height // patch) * (width // patch), 1.16)
-        return flow_levels(self.scheduler, steps, mu=shift)
+        return self.levels(steps, mu=shift)
 
     def forward(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning

@@ -16,7 +16,8 @@ from treegrpo.models.folder import ConfigFile, ModelError, components, loading
 def complete(checkpoint: Components) -> ConfigFile:
     """The components' configurations, with the defaults of their classes where a file is silent.
 
-    `_class_name` is the class that the index names, which is the one that is loaded.
+    `_class_name` is the class that the index names, which is the one that is loaded. A scheduler's
+    holds its own settings alone: a file also keeps those of the scheduler that it was made from.
     """
     configs = {name: _complete(checkpoint, name) for name in checkpoint.configs}
     return ConfigFile(checkpoint.configs.path, configs)
@@ -24,13 +25,15 @@ def complete(checkpoint: Components) -> ConfigFile:
 
 def _complete(checkpoint: Components, name: str) -> ConfigFile:
     component, said = checkpoint.component_class(name), checkpoint.configs[name]
-    if hasattr(component, "config_class"):  # transformers'
+    # Asking a scheduler for what it inherits fails where it needs a package that is not here.
+    if name != "scheduler" and hasattr(component, "config_class"):  # transformers'
         with loading(said.path):
             values = component.config_class.from_pretrained(said.path.parent).to_dict()
     else:
-        parameters = inspect.signature(component.__init__).parameters.values()
+        parameters = [*inspect.signature(component.__init__).parameters.values()]
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-        values = {**defaults, **said}
+        own = {p.name: said.get(p.name) for p in parameters if p.name in said}
+        values = {**defaults, **(own if name == "scheduler" else said)}
     return ConfigFile(said.path, {**values, "_class_name": component.__name__})
 
 

@@ -11,6 +11,7 @@ Left out: consistency sampling, inpainting, the refiner of SDXL and safety check
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -34,6 +35,12 @@ _BY_SIGMAS = (
     "LMSDiscreteScheduler",
     "UniPCMultistepScheduler",
 )
+# Those that add noise, and whose deterministic form is the customary stand-in.
+_STOCHASTIC = {
+    "DDPMScheduler": "DDIMScheduler",
+    "EulerAncestralDiscreteScheduler": "EulerDiscreteScheduler",
+}
+_log = logging.getLogger(__name__)
 
 
 class StableDiffusion(ImageLatents):
@@ -44,22 +51,42 @@ class StableDiffusion(ImageLatents):
 
     pipeline_name: ClassVar = "StableDiffusionPipeline"
     network_name: ClassVar = "unet"
+    schedulers: ClassVar = (*_BY_ALPHAS, *_BY_SIGMAS)
     lora_targets: ClassVar = ("to_k", "to_out.0", "to_q", "to_v")
     defaults: ClassVar = Sampling(steps=50, guidance_scale=7.5)
     scheduler_changes: ClassVar[Mapping[str, Any]] = {"steps_offset": 1, "clip_sample": False}
     """Scheduler settings that the pipeline sets, whatever the checkpoint says."""
 
+    def check_scheduler(self, scheduler: Mapping[str, Any]) -> None:
+        """And predictions and levels that are a flow's, and clipping, where the pipeline clips."""
+        super().check_scheduler(scheduler)
+        prediction, whose = scheduler["prediction_type"], self.checkpoint.folder
+        if prediction not in ("epsilon", "v_prediction", "sample"):
+            raise ModelError(
+                f"model.path: got a checkpoint with prediction_type {prediction!r}; must be "
+                "epsilon, v_prediction or sample"
+            )
+        if scheduler.get("use_flow_sigmas"):
+            raise ModelError(
+                f"model.path: the scheduler of {whose} has use_flow_sigmas true; must be false: "
+                f"{self.pipeline_name}'s levels are a diffusion's here"
+            )
+        if {**scheduler, **self.scheduler_changes}.get("clip_sample"):
+            raise ModelError(
+                f"model.path: the scheduler of {whose} has clip_sample true; must be false, since "
+                "latents have no bounds"
+            )
+
     def make_scheduler(self) -> Any:
         """DDIM for the checkpoint's levels where it keeps them as alphas, else its own solver."""
         scheduler, folder = super().make_scheduler(), self.checkpoint.folder
-        config = scheduler.config
-        for setting in ("clip_sample", "thresholding"):
-            if {**config, **self.scheduler_changes}.get(setting):
-                raise ModelError(
-                    f"model.path: the scheduler of {folder} has {setting} true; must be "
-                    "false, since latents have no bounds"
-                )
-        solver = type(scheduler)
+        config, solver = scheduler.config, type(scheduler)
+        if stands_in := _STOCHASTIC.get(solver.__name__):
+            _log.warning(
+                "the scheduler of %s, a %s, adds noise at every step; steps without noise are "
+                "%s's on the same levels, so images differ from the pipeline's",
+                *(folder, solver.__name__, stands_in),
+            )
         if solver.__name__ in _BY_ALPHAS:
             solver = DDIMScheduler
         with loading(folder / "scheduler"):
@@ -83,24 +110,12 @@ class StableDiffusion(ImageLatents):
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
-        """A prompt length is refused, and schedulers and networks without DDIM steps."""
+        """A prompt length is refused, and networks without DDIM steps."""
         super().check_sampling(sampling, configs)
         if sampling.max_sequence_length is not None:
             raise ModelError(
                 f"model.max_sequence_length: got {sampling.max_sequence_length}; "
                 f"{cls.pipeline_name}'s text encoders have no choice, so it must be null"
-            )
-        scheduler = configs["scheduler"]
-        name, prediction = scheduler.get("_class_name"), scheduler.get("prediction_type", "epsilon")
-        if name not in (*_BY_ALPHAS, *_BY_SIGMAS):
-            raise ModelError(
-                f"model.path: got a checkpoint with a {name}; the scheduler must be one of "
-                f"{', '.join(sorted((*_BY_ALPHAS, *_BY_SIGMAS)))}"
-            )
-        if prediction not in ("epsilon", "v_prediction", "sample"):
-            raise ModelError(
-                f"model.path: got a checkpoint with prediction_type {prediction!r}; must be "
-                "epsilon, v_prediction or sample"
             )
         if configs["unet"].get("time_cond_proj_dim") is not None:
             raise ModelError(

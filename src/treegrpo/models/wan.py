@@ -11,12 +11,11 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from treegrpo.models.folder import ModelError
-from treegrpo.models.latents import decode, flow_levels, unstandardized
-from treegrpo.models.policy import Conditioning, Configs, Policy, Sampling
-from treegrpo.transition import Schedule
+from treegrpo.models.latents import Flow, decode, unstandardized
+from treegrpo.models.policy import Conditioning, Configs, Sampling
 
 
-class Wan(Policy):
+class Wan(Flow):
     """`WanPipeline` with one network; with `frames` 1 it makes images (videos of one frame)."""
 
     pipeline_name: ClassVar = "WanPipeline"
@@ -94,10 +93,6 @@ class Wan(Policy):
             device=self.device,
         )
         return {"embeddings": embeddings}
-
-    def noise_levels(self, steps: int) -> tuple[Schedule, list[float]]:
-        """The scheduler's."""
-        return flow_levels(self.scheduler, steps)
 
     def forward(
         self, network: nn.Module, x: Tensor, timestep: Tensor, conditioning: Conditioning
