@@ -16,10 +16,11 @@ import yaml
 
 from treegrpo.config import Config, load_config, to_yaml
 from treegrpo.errors import UserError
-from treegrpo.settings import free_on_resume
+from treegrpo.settings import FREE_ON_RESUME, RECORDED_ON_RESUME, marked
 from treegrpo.versions import versions
 
 STATE_FILE = "checkpoint.pt"
+EARLIER_STATE_FILE = "checkpoint.earlier.pt"
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
 METRICS_FILE = "metrics.jsonl"
@@ -36,6 +37,7 @@ _WRITTEN = (
     *_AT_THE_START,
     STATE_FILE,
     STATE_FILE + ".partial",
+    EARLIER_STATE_FILE,
     METRICS_FILE,
     EVALUATIONS_FILE,
     MODEL_FOLDER,
@@ -102,13 +104,17 @@ def check_run_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
             )
 
 
-def prepare_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
+def prepare_folder(config: Config, *, resume: bool, overwrite: bool, iteration: int = 0) -> None:
     """Make the run's folder (anew with `overwrite`) and write its configuration.
+
+    Args:
+        iteration: that a resumed run goes on with, for the record of changed settings.
 
     Raises:
         RunError: as `check_run_folder`.
     """
     check_run_folder(config, resume=resume, overwrite=overwrite)
+    notes = _notes(config, iteration) if resume else ""
     if not resume:
         for name in _WRITTEN:
             path = config.output / name
@@ -117,7 +123,7 @@ def prepare_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
             else:
                 path.unlink(missing_ok=True)
     config.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(config.output / CONFIG_FILE, to_yaml(located(config)))
+    write_atomically(config.output / CONFIG_FILE, to_yaml(located(config)) + notes)
     write_atomically(config.output / VERSIONS_FILE, json.dumps(versions(), indent=2) + "\n")
 
 
@@ -136,19 +142,45 @@ def _check_same_settings(folder: Path, config: Config) -> None:
     except UserError as error:
         raise RunError(f"output: the run in {folder} cannot be resumed: {error}") from error
     before, now = _settings(saved), _settings(config)
-    free = set(free_on_resume(type(config)))
+    free = set(marked(type(config), FREE_ON_RESUME))
+    recorded = set(marked(type(config), RECORDED_ON_RESUME))
     if config.train.learning_rate_schedule == "constant":
         free.add(("train", "iterations"))  # otherwise they decide every step's learning rate
-    changed = [
-        f"{'.'.join(key)}: was {before.get(key)!r}, now {now.get(key)!r}"
-        for key in sorted({*before, *now}, key=str)
-        if before.get(key) != now.get(key) and key not in free
-    ]
-    if changed:
+    changed = [key for key in _differing(before, now) if key not in free]
+    if set(changed) - recorded:
+        listed = [
+            f"{'.'.join(key)}: was {before.get(key)!r}, now {now.get(key)!r}"
+            + (" (which may change)" if key in recorded else "")
+            for key in changed
+        ]
         raise RunError(
             f"output: the run in {folder} was made with other settings; to resume, keep "
-            "them\n  " + "\n  ".join(changed)
+            "them\n  " + "\n  ".join(listed)
         )
+
+
+_NOTE = "# changed at iteration "
+
+
+def _notes(config: Config, iteration: int) -> str:
+    """Comments for the configuration of a resumed run: what was changed at which resume."""
+    path = config.output / CONFIG_FILE
+    lines = path.read_text(encoding="utf-8").splitlines()
+    notes = [line for line in lines if line.startswith(_NOTE)]
+    before, now = _settings(load_config(path, [])), _settings(config)
+    recorded = set(marked(type(config), RECORDED_ON_RESUME))
+    notes += [
+        f"{_NOTE}{iteration}: {'.'.join(key)} was {before[key]!r}, now {now[key]!r}"
+        for key in _differing(before, now)
+        if key in recorded
+    ]
+    return "".join(f"{line}\n" for line in notes)
+
+
+def _differing(
+    before: dict[tuple[str, ...], Any], now: dict[tuple[str, ...], Any]
+) -> list[tuple[str, ...]]:
+    return [k for k in sorted({*before, *now}, key=str) if before.get(k) != now.get(k)]
 
 
 def _settings(config: Config) -> dict[tuple[str, ...], Any]:

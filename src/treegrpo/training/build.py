@@ -32,6 +32,7 @@ from treegrpo.run_folder import (
     EVALUATIONS_FILE,
     FAILED_REWARD_FOLDER,
     METRICS_FILE,
+    STATE_FILE,
     drop_lines_from,
     located,
 )
@@ -76,6 +77,8 @@ class Run:
     progress: Progress = field(default_factory=Progress)
     warnings: list[str] = field(default_factory=list)
     _saved: dict[str, Any] | None = None
+    _saved_at: int | None = None
+    _proven: bool = True
 
     def measure(self) -> Evaluation:
         """The current policy (its average, if one is kept) on the held-out prompts.
@@ -136,14 +139,36 @@ class Run:
         return self.learner.state_bytes() + export_bytes(self.policy)
 
     def save(self) -> None:
-        """Write the state from which `restore` continues exactly."""
-        if self.engine.is_main:
+        """Write the state from which `restore` continues exactly, if that has not been done."""
+        if self.engine.is_main and self._saved_at != self.progress.iteration:
             state = {
                 **vars(self.progress),
                 **self.learner.state_dict(),
                 "sampler": self.sampler.state_dict(),
             }
             checkpoint.save_state(self.config.output, state)
+            self._saved_at, self._proven = self.progress.iteration, False
+
+    def prove(self) -> None:
+        """What was saved last is sound: an iteration or an evaluation went well from it."""
+        if self.engine.is_main:
+            checkpoint.prove_state(self.config.output)
+            self._proven = True
+
+    def go_back(self) -> str:
+        """Leave in the folder the last sound state, if there is one; returns what can be done."""
+        if not self.engine.is_main or not self.learner.has_stepped:
+            return ""
+        folder = self.config.output
+        if not checkpoint.take_back_state(folder) and not self._proven:
+            (folder / STATE_FILE).unlink()
+        if not (folder / STATE_FILE).exists():
+            return "; no earlier state was saved: start again with --overwrite"
+        iteration = checkpoint.load_state(folder)["iteration"]
+        return (
+            f"; --resume continues from the state after {iteration} iterations, and allows another "
+            "train.learning_rate, train.max_grad_norm and clip range"
+        )
 
     def restore(self) -> None:
         """Take over what the run to resume has trained; until then the model is the initial one."""
@@ -220,6 +245,7 @@ def build(config: Config, *, resume: bool = False) -> Run:
         progress,
         warnings,
         saved,
+        progress.iteration if resume else None,
     )
 
 
