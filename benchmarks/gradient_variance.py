@@ -23,8 +23,10 @@ It is taken of the gradient with respect to one shift of the velocity at all sto
   are not, and the two kinds differ in what they aim at, not only in noise.
 - `steps`: each stochastic step by itself, which no factor can change.
 
-A forward in the update counts three (it has a backward). Left out: normalisation by the group's
-standard deviation, clipping, and everything about real models and rewards.
+A forward in the update counts three (it has a backward).
+
+Left out: normalisation by the group's standard deviation, clipping, and everything about real
+models and rewards.
 
     PYTHONPATH=src python benchmarks/gradient_variance.py [--quick]
 

@@ -193,3 +193,11 @@ def test_imports_only_go_down_the_house() -> None:
         for other in _imports(path):
             if other in rooms and room in rooms and other != room:
                 assert floor[room] < floor[other], f"{path.name} of {room} imports {other}"
+
+
+def test_every_header_says_what_is_left_out_and_no_file_is_long() -> None:
+    scripts = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "docs").glob("*.py")]
+    for file in [*PACKAGE.rglob("*.py"), *scripts]:
+        text = file.read_text(encoding="utf-8")
+        assert "\nLeft out: " in (ast.get_docstring(ast.parse(text)) or ""), file
+        assert len(text.splitlines()) <= 500, file

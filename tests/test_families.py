@@ -11,7 +11,7 @@ import pytest
 import tiny_checkpoints
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_checkpoints import Case
+from tiny_checkpoints import Case, Edits, edited
 
 from treegrpo import cli
 from treegrpo.config import ModelConfig
@@ -31,6 +31,11 @@ families = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 variations = pytest.mark.parametrize(
     ("case", "variation"),
     [(case, name) for case in CASES for name in case.variations],
+    ids=lambda value: value if isinstance(value, str) else value.name,
+)
+edits = pytest.mark.parametrize(
+    ("case", "edit"),
+    [(case, name) for case in CASES for name in case.edits],
     ids=lambda value: value if isinstance(value, str) else value.name,
 )
 
@@ -90,6 +95,114 @@ def test_deterministic_rollouts_are_the_pipelines_samples(
     folder = checkpoints[case.name]
     policy = load(folder, **case.variations[variation])
     assert difference(case, folder, policy) < ROUND_OFF
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of diffusers about what it corrects
+@edits
+def test_the_checkpoints_settings_are_followed_as_the_pipeline_does(
+    case: Case, edit: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    folder = edited(checkpoints[case.name], tmp_path / "edited", case.edits[edit])
+    assert difference(case, folder, load(folder)) < ROUND_OFF
+
+
+@pytest.mark.parametrize(
+    ("name", "edits", "message"),
+    [
+        (
+            "FLUX.1 dev",
+            {"transformer/config.json": {"in_channels": 24}},
+            r"model\.path: the transformer of .* takes 24 channels, but .* latents give 16; must",
+        ),
+        (
+            "FLUX.1 dev",
+            {"vae/config.json": {"shift_factor": None}},
+            r"model\.path: .*vae/config\.json lacks 'shift_factor'; must be given there",
+        ),
+        (
+            "FLUX.1 dev",
+            {"model_index.json": {"text_encoder_2": [None, None]}},
+            r"model\.path: .*model_index\.json lacks 'text_encoder_2'; must be given there",
+        ),
+        (
+            "Qwen-Image",
+            {"transformer/config.json": {"guidance_embeds": True}},
+            r"model\.path: the transformer has guidance_embeds true, .*; must be false",
+        ),
+        (
+            "Qwen-Image",
+            {"transformer/config.json": {"use_additional_t_cond": True}},
+            r"model\.path: the transformer has use_additional_t_cond true, .*; must be false",
+        ),
+        (
+            "Sana",
+            {"transformer/config.json": {"guidance_embeds": True}},
+            r"model\.path: the transformer has guidance_embeds true, .*; must be false",
+        ),
+        (
+            "Sana",
+            {"vae/config.json": {"latent_channels": 8}},
+            r"model\.path: the transformer of .* takes 4 channels, but .* latents give 8; must be",
+        ),
+        (
+            "Stable Diffusion 3.5",
+            {"vae/config.json": {"shift_factor": ...}},
+            r"model\.path: .*vae/config\.json lacks 'shift_factor'; must be given there",
+        ),
+        (
+            "Stable Diffusion 3.5",
+            {"sampling.json": {"max_sequence_length": 513}},
+            r"model\.max_sequence_length: got 513; must be at most 512",
+        ),
+        (
+            "Stable Diffusion 1.5",
+            {"unet/config.json": {"sample_size": None}},
+            r"model\.height: must be given, and model\.width: the unet of .* has no sample_size",
+        ),
+        (
+            "Stable Diffusion 1.5",
+            {"unet/config.json": {"in_channels": 9}},
+            r"model\.path: the unet of .* takes 9 channels, but .* latents give 4; must be",
+        ),
+        (
+            "Stable Diffusion 1.5",
+            {"sampling.json": {"height": 20}},
+            r"model\.height: got 20; must be a multiple of 8 ",
+        ),
+        (
+            "Stable Diffusion XL",
+            {"unet/config.json": {"projection_class_embeddings_input_dim": 48}},
+            r"model\.path: the unet has addition_embed_type 'text_time' and takes 48 .* gives 56",
+        ),
+        (
+            "Wan 2.1",
+            {"transformer/config.json": {"rope_max_seq_len": 2}, "sampling.json": {"width": 64}},
+            r"model\.width: got 64; must be at most 32, the largest for which .* positions",
+        ),
+    ],
+)
+def test_what_the_pipeline_does_not_draw_is_refused_by_name(
+    name: str, edits: Edits, message: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    folder = edited(checkpoints[name], tmp_path / "edited", edits)
+    with pytest.raises(ModelError, match=message):
+        open_policy(section(folder), device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["FLUX.1 dev", "Stable Diffusion 1.5", "Stable Diffusion XL"])
+def test_a_tokenizer_without_a_limit_gets_its_encoders(
+    name: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    """diffusers ends in an OverflowError there; with a limit beyond the encoder's, in another."""
+    folder = Path(shutil.copytree(checkpoints[name], tmp_path / "copy"))
+    (folder / "tokenizer" / "tokenizer_config.json").unlink()
+    if name == "Stable Diffusion XL":
+        settings = {"tokenizer_2/tokenizer_config.json": {"model_max_length": 1000}}
+        folder = edited(folder, tmp_path / "edited", settings)
+    long = ["a red circle " * 30]
+    expected, conditioning = (load(path).encode(long) for path in (checkpoints[name], folder))
+    for part, values in expected.items():
+        assert torch.equal(conditioning[part], values), part
 
 
 @families

@@ -129,17 +129,89 @@ def test_embeddings_of_other_versions_are_never_taken(
     assert key() != now
 
 
+def _wide_encoder(folder: Path) -> None:
+    """One whose attention is over a MiB away from both ends of its file, as CLIP's is."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    part = folder / "text_encoder"
+    config = CLIPTextConfig.from_pretrained(part)
+    config.hidden_size, config.num_attention_heads, config.projection_dim = 1024, 2, 512
+    torch.manual_seed(0)
+    CLIPTextModelWithProjection(config).save_pretrained(part)
+
+
+@pytest.mark.parametrize("change", ["all weights", "the middle of a file", "another class"])
 def test_embeddings_of_other_encoders_are_never_taken(
-    tiny_checkpoint: Path, tmp_path: Path
+    change: str, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(tiny_checkpoint, other)
-    weights = other / "text_encoder" / "model.safetensors"
-    tensors = load_file(weights)
-    save_file({name: tensor * 1.1 for name, tensor in tensors.items()}, weights)
+    one, other = tmp_path / "one", tmp_path / "other"
+    shutil.copytree(tiny_checkpoint, one)
+    _wide_encoder(one)
+    shutil.copytree(one, other)
+    if change == "another class":
+        index = json.loads((other / "model_index.json").read_text())
+        index["tokenizer"] = ["transformers", "CLIPTokenizerFast"]
+        (other / "model_index.json").write_text(json.dumps(index))
+    else:
+        weights = other / "text_encoder" / "model.safetensors"
+        part = "q_proj.weight" if change == "the middle of a file" else ""
+        tensors = load_file(weights)
+        scaled = {name: t * 1.5 if part in name else t for name, t in tensors.items()}
+        save_file(scaled, weights, {"format": "pt"})
     cache = str(tmp_path / "cache")
-    first, second = (load(path, embedding_cache=cache) for path in (tiny_checkpoint, other))
-    assert not first.encode(PROMPTS)["pooled"].equal(second.encode(PROMPTS)["pooled"])
+    first, second = (load(path, embedding_cache=cache) for path in (one, other))
+    assert first.text.store.folder != second.text.store.folder
+    if change != "another class":
+        with torch.no_grad():
+            pooled = [policy.encode(PROMPTS)["pooled"] for policy in (first, second)]
+        assert not pooled[0].equal(pooled[1])
+
+
+def _zeros(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-1]),
+        lambda path: path.write_bytes(path.read_bytes()[:20]),
+        _zeros,
+    ],
+    ids=["empty", "short by a byte", "short", "zeros"],
+)
+def test_damaged_embeddings_are_computed_anew(
+    tiny_checkpoint: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    cache = str(tmp_path)
+    policy = load(tiny_checkpoint, embedding_cache=cache)
+    policy.prepare(PROMPTS)
+    expected = policy.encode(PROMPTS)
+    files = sorted(tmp_path.glob("embeddings/*/*.safetensors"))
+    whole = [file.read_bytes() for file in files]
+    for prepared in (False, True):
+        for file in files:
+            damage(file)
+        again = load(tiny_checkpoint, embedding_cache=cache)
+        if prepared:
+            again.prepare(PROMPTS)
+        for name, values in again.encode(PROMPTS).items():
+            torch.testing.assert_close(values, expected[name])
+        again.negative()
+        assert [file.read_bytes() for file in files] == whole
+
+
+def test_embeddings_that_cannot_be_written_are_told(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    policy = load(tiny_checkpoint, embedding_cache=str(tmp_path))
+    policy.prepare(PROMPTS)
+    for file in tmp_path.glob("embeddings/*/*.safetensors"):
+        file.unlink()
+        file.mkdir()
+    again = load(tiny_checkpoint, embedding_cache=str(tmp_path))
+    with pytest.raises(ModelError, match=r"^model\.embedding_cache: .* cannot be written"):
+        again.encode(PROMPTS)
+    assert not list(tmp_path.rglob("*.partial"))
 
 
 def test_embeddings_that_would_fill_the_disk_are_refused(
@@ -379,7 +451,10 @@ def _wrong_config(folder: Path) -> None:
         (_truncate_weights, ["model.safetensors is damaged: it has"]),
         (_damage_sampling, ["sampling.json", "step"]),
         (_wrong_sampling, ["sampling.json: height: got 'large'; Input should be a valid integer"]),
-        (_lose_key("transformer", "sample_size"), ["transformer/config.json lacks 'sample_size'"]),
+        (
+            _lose_key("transformer", "patch_size", True),
+            ["transformer/config.json lacks 'patch_siz"],
+        ),
         (_lose_key("vae", "block_out_channels", True), ["vae/config.json lacks 'block_out_cha"]),
         (_lose_decoder, ["model_index.json lacks 'vae'"]),
         (_wrong_config, ["cannot load", "/scheduler: TypeError: "]),

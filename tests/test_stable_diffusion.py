@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from tiny_checkpoints import stable_diffusion, stable_diffusion_xl
+from tiny_checkpoints import edited, stable_diffusion, stable_diffusion_xl
 from tiny_checkpoints.stable_diffusion import BETAS, SCHEDULER
 from torch import Tensor
 
@@ -176,6 +176,23 @@ def test_clipping_is_refused_where_the_pipeline_does_it(tmp_path: Path) -> None:
     folder = changed(tmp_path / "source", tmp_path / "clipping", "DDIMScheduler", **BETAS)
     with pytest.raises(ModelError, match=r"model\.path: .* has clip_sample true; must be false"):
         opened(folder)
+
+
+@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "StableDiffusionXLPipeline"])
+@pytest.mark.parametrize("version", [..., "0.6.0", "0.8.1", "0.9.0.dev0", "0.10.2", "1.0"])
+@pytest.mark.parametrize("size", [8, 64, 96, [8, 12]])
+def test_the_size_is_the_pipelines_own(
+    name: str, version: Any, size: Any, source: Path, tmp_path: Path
+) -> None:
+    """diffusers before 0.9 wrote 32 where 64 was meant; only the older pipeline corrects it."""
+    if name == "StableDiffusionXLPipeline":
+        source = tmp_path / "xl"
+        stable_diffusion_xl.build(source)
+    settings = {"sample_size": size, "_diffusers_version": version}
+    folder = edited(source, tmp_path / "edited", {"unet/config.json": settings})
+    latents = diffusers.DiffusionPipeline.from_pretrained(folder).unet.config.sample_size
+    expected = (2 * latents,) * 2 if isinstance(latents, int) else tuple(2 * x for x in latents)
+    assert opened(folder).sampling.size == expected
 
 
 def test_settings_that_stable_diffusion_lacks_are_refused(source: Path) -> None:

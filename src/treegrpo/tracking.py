@@ -1,7 +1,8 @@
 """Where a run's figures go: JSON lines in its folder always, and Accelerate's trackers.
 
-One process of a run writes; on the others nothing happens. Left out: pictures and tables at the end
-of a run (`report/run.py`).
+One process of a run writes; on the others nothing happens.
+
+Left out: pictures and tables at the end of a run (`report/run.py`).
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,30 @@ from typing import Any
 from torch import Tensor
 
 from treegrpo.models.policy import Conditioning, Sampling
+
+# A JSON file's name to the keys that get another value; `...` removes one.
+Edits = Mapping[str, Mapping[str, Any]]
+
+
+def edited(source: Path, folder: Path, edits: Edits) -> Path:
+    """A copy of a checkpoint in a new folder, with changed files."""
+    shutil.copytree(source, folder)
+    for name, changes in edits.items():
+        values = {**json.loads((folder / name).read_text(encoding="utf-8")), **changes}
+        kept = {key: value for key, value in values.items() if value is not ...}
+        (folder / name).write_text(json.dumps(kept), encoding="utf-8")
+    return folder
+
+
+def scheduler(name: str, **settings: Any) -> Edits:
+    """The edits that give a checkpoint another scheduler; the new one's defaults count."""
+    import diffusers
+
+    config = dict(getattr(diffusers, name)(**settings).config)
+    return {
+        "model_index.json": {"scheduler": ["diffusers", name]},
+        "scheduler/scheduler_config.json": {"_class_name": name, **config},
+    }
 
 
 @dataclass(frozen=True)
@@ -35,6 +60,8 @@ class Case:
             with a first-order one.
         transition: a stochastic step that suits the family.
         variations: name to fields of `Sampling` under which images must agree.
+        edits: name to changes of the checkpoint's files, as `edited` takes them, after which images
+            must agree.
     """
 
     name: str
@@ -45,6 +72,7 @@ class Case:
     make_first_order: Callable[[Any], None] | None = None
     transition: str = "flow_sde"
     variations: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"defaults": {}})
+    edits: Mapping[str, Edits] = field(default_factory=dict)
 
     def pipeline(self, folder: Path) -> Any:
         """The checkpoint in diffusers alone."""

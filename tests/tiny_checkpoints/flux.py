@@ -112,6 +112,14 @@ CASES = [
             "wide": {"height": 16, "width": 24},
             "tall, long prompts": {"height": 32, "width": 20, "max_sequence_length": 40},
         },
+        edits={
+            "base_shift and linear shifting": {
+                "scheduler/scheduler_config.json": {
+                    "base_shift": 0.8,
+                    "time_shift_type": "linear",
+                }
+            },
+        },
     ),
     Case(
         "FLUX.1 schnell",
@@ -119,5 +127,8 @@ CASES = [
         call,
         encode,
         variations={"defaults": {}, "wide": {"height": 16, "width": 24}},
+        edits={
+            "classes' defaults left out": {"transformer/config.json": {"guidance_embeds": ...}},
+        },
     ),
 ]

@@ -141,5 +141,15 @@ CASES = [
             "wide": {"height": 16, "width": 24},
             "tall": {"height": 40, "width": 24, "guidance_scale": 2.5},
         },
+        edits={
+            "no shifting, classes' defaults left out": {
+                "scheduler/scheduler_config.json": {
+                    "use_dynamic_shifting": ...,
+                    "max_shift": ...,
+                    "shift": 2.0,
+                },
+                "transformer/config.json": {"guidance_embeds": ..., "patch_size": ...},
+            },
+        },
     ),
 ]

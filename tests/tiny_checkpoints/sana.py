@@ -151,6 +151,11 @@ CASES = [
             },
             "wide": {"height": 64, "width": 96},
         },
+        edits={
+            "classes' defaults left out": {
+                "transformer/config.json": {"timestep_scale": ..., "patch_size": ...}
+            },
+        },
     ),
     Case(
         "Sana 1.5",

@@ -126,6 +126,26 @@ CASES = [
             },
             "wide": {"height": 16, "width": 24},
         },
+        edits={
+            "dynamic shifting": {
+                "scheduler/scheduler_config.json": {
+                    "use_dynamic_shifting": True,
+                    "base_image_seq_len": 4,
+                    "max_image_seq_len": 32,
+                    "max_shift": ...,
+                }
+            },
+            "shift_terminal, Karras' levels": {
+                "scheduler/scheduler_config.json": {
+                    "shift_terminal": 0.1,
+                    "use_karras_sigmas": True,
+                }
+            },
+            "classes' defaults left out": {
+                "transformer/config.json": {"patch_size": ...},
+                "text_encoder/config.json": {"max_position_embeddings": ...},
+            },
+        },
     ),
     Case(
         "Stable Diffusion 3.5 without T5",
@@ -133,5 +153,8 @@ CASES = [
         call,
         encode,
         absent=("text_encoder_3", "tokenizer_3"),
+        edits={
+            "no T5 in the index": {"model_index.json": {"text_encoder_3": ..., "tokenizer_3": ...}},
+        },
     ),
 ]

@@ -161,6 +161,24 @@ CASES = [
             "negative prompt": {"negative_prompt": "a blur"},
             "tall": {"height": 24, "width": 16},
         },
+        edits={
+            "sample_size 8 of diffusers 0.6": {
+                "unet/config.json": {"sample_size": 8, "_diffusers_version": "0.6.0"},
+                "sampling.json": {"steps": 2},
+            },
+            "sample_size of two numbers": {"unet/config.json": {"sample_size": [12, 8]}},
+            "sample_size null, with a size": {
+                "unet/config.json": {"sample_size": None},
+                "sampling.json": {"height": 16, "width": 16},
+            },
+            "classes' defaults left out": {
+                "unet/config.json": {"in_channels": ..., "out_channels": ...},
+                "vae/config.json": {"latent_channels": ..., "scaling_factor": ...},
+                "text_encoder/config.json": {"max_position_embeddings": ...},
+            },
+            "shift_factor of the decoder": {"vae/config.json": {"shift_factor": 0.2}},
+            "use_attention_mask": {"text_encoder/config.json": {"use_attention_mask": True}},
+        },
     ),
     Case(
         "Stable Diffusion 2.1",
@@ -169,6 +187,11 @@ CASES = [
         encode,
         transition="ddim",
         variations={"guided": {}, "unguided": {"guidance_scale": 1.0}},
+        edits={
+            "clip_sample true, steps_offset 0": {
+                "scheduler/scheduler_config.json": {"clip_sample": True, "steps_offset": 0}
+            },
+        },
     ),
     Case(
         "Stable Diffusion 2.1 from pure noise",

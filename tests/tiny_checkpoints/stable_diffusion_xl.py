@@ -93,6 +93,24 @@ CASES = [
             "negative prompt": {"negative_prompt": "a blur"},
             "wide": {"height": 16, "width": 24},
         },
+        edits={
+            "latents_mean and latents_std": {
+                "vae/config.json": {
+                    "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
+                    "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
+                    "scaling_factor": 0.5,
+                }
+            },
+            "latents_mean alone": {"vae/config.json": {"latents_mean": [-1.6, 1.8, -1.3, 2.5]}},
+            "shift_factor of the decoder": {"vae/config.json": {"shift_factor": 0.2}},
+            "sample_size 8 of diffusers 0.6": {"unet/config.json": {"_diffusers_version": "0.6.0"}},
+            "force_zeros_for_empty_prompt false": {
+                "model_index.json": {"force_zeros_for_empty_prompt": False}
+            },
+            "force_zeros_for_empty_prompt left out": {
+                "model_index.json": {"force_zeros_for_empty_prompt": ...}
+            },
+        },
     ),
     Case(
         "SDXL-Turbo",

@@ -109,5 +109,11 @@ CASES = [
             "wide, longer": {"height": 16, "width": 32, "frames": 9},
             "one frame": {"frames": 1},
         },
+        edits={
+            "classes' defaults left out": {
+                "vae/config.json": {"scale_factor_spatial": ..., "scale_factor_temporal": ...},
+                "transformer/config.json": {"patch_size": ...},
+            },
+        },
     ),
 ]

@@ -1,23 +1,30 @@
 """LoRA adapters on a policy's network: their targets, fresh ones, trained ones.
 
-Left out: writing them (`export.py`).
+Trained ones may be of any trainer whose names `load_lora_weights` of diffusers' pipeline knows.
+
+Left out: writing them (`export.py`), FLUX control adapters, and adapters of text encoders.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
-from torch import nn
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from treegrpo.config import ModelConfig
 from treegrpo.models.folder import LORA_FILE, ModelError, loading
 from treegrpo.models.policy import Policy
 
 _ADAPTER = "default"  # the name that diffusers and peft give the only one
+_TOLD = 300  # letters of a library's message
+_NAMED = 3  # of the tensors that a message is about
 
 
 def check_lora_targets(policy: Policy, targets: Sequence[str]) -> None:
@@ -67,11 +74,106 @@ def add_lora(policy: Policy, model: ModelConfig) -> None:
             parameter.data = parameter.data.float()
 
 
+def check_lora(policy: Policy, folder: Path) -> None:
+    """Refuse LoRA weights, before the network's are read, unless each tensor finds its place.
+
+    Raises:
+        ModelError: some do not, of which a few are named: those of text encoders, of another
+            network, of another kind than LoRA, of other sizes, or without their other half.
+    """
+    file, prefix = folder / LORA_FILE, policy.network_name
+    network: Any = policy.checkpoint.without_weights(prefix)
+    with loading(file):
+        tensors = load_file(file)
+    names = list(tensors)
+    if not names:
+        raise ModelError(f"model.path: {file} holds no tensors")
+
+    def refuse(which: Iterable[str], why: str) -> NoReturn:
+        some = sorted(which)
+        shown = ", ".join(some[:_NAMED]) + ", ..." * (len(some) > _NAMED)
+        raise ModelError(
+            f"model.path: {len(some):,} of the {len(names):,} tensors in {file} {why}: {shown}; "
+            f"all must be LoRA weights of the {prefix}"
+        )
+
+    if of_encoders := [name for name in names if name.startswith(("lora_te", "text_encoder"))]:
+        refuse(of_encoders, "are for text encoders, but prompts are encoded without them")
+    # An alpha that is the rank scales nothing.
+    is_down = re.compile(r"\.(lora_A|lora_down|lora\.down)\b").search
+    ranks = {n[: m.start()]: len(tensors[n]) for n in names if (m := is_down(n))}
+    # Filled with its number, each is known again under its new name.
+    numbers = {n: ranks.get(n.removesuffix(".alpha"), i) for i, n in enumerate(names)}
+    numbered = {n: torch.full_like(t, numbers[n], dtype=torch.float32) for n, t in tensors.items()}
+    with _reading(file, policy):
+        state, *settings = _as_diffusers(policy, network, str(folder))
+        renamed, *_ = _as_diffusers(policy, network, numbered)
+    origin = {name: names[int(tensor.flatten()[0])] for name, tensor in renamed.items()}
+    no_place = f"have no place on the {prefix} of {policy.checkpoint.folder}"
+    dropped = set(names) - set(origin.values())
+    if dropped := {n for n in dropped if not n.endswith("alpha") and tensors[n].any()}:
+        refuse(dropped, no_place)
+    layers = {f"{prefix}.{name}" for name, _ in network.named_modules()}
+    if strays := [name for name in state if re.split(r"\.lo(?:ra|kr)_", name)[0] not in layers]:
+        refuse({origin[name] for name in strays}, no_place)
+    before = set(network.state_dict())
+    with _reading(file, policy):
+        _put(network, prefix, state, *settings)
+    (adapter,) = network.peft_config
+    after = [n for n in network.state_dict() if n not in before and f".{adapter}" in n]
+    placed = {f"{prefix}.{name.replace(f'.{adapter}', '')}" for name in after}
+    if strays := [name for name in state if name not in placed]:
+        refuse({origin[name] for name in strays}, no_place)
+    if missing := [name for name in placed - set(state) if not name.endswith(".bias")]:
+        raise ModelError(
+            f"model.path: {file} lacks {len(missing):,} tensors that belong with those it has, "
+            f"among them {min(missing)!r}"
+        )
+
+
+@contextmanager
+def _reading(file: Path, policy: Policy) -> Iterator[None]:
+    """As `loading`, in one line: these libraries name every tensor that they do not like."""
+    try:
+        yield
+    except Exception as error:
+        sizes = re.findall(r"size mismatch for .*", str(error))
+        told = sizes[0] if sizes else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ModelError(
+            f"model.path: {file} cannot be read as LoRA weights of the {policy.network_name} of "
+            f"{policy.checkpoint.folder}: {told[:_TOLD]}{f' ({len(sizes)} such)' if sizes else ''}"
+        ) from error
+
+
+def _as_diffusers(
+    policy: Policy, network: Any, source: str | dict[str, Tensor]
+) -> tuple[dict[str, Tensor], Any, Any]:
+    """Tensors by diffusers' names, with the trainer's alphas and metadata where it has some."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    state, *alphas, metadata = policy.checkpoint.pipeline_class().lora_state_dict(
+        source,
+        weight_name=LORA_FILE,
+        unet_config=network.config,
+        return_alphas=True,
+        return_lora_metadata=True,
+    )
+    if "lora_A" not in next(iter(state), ""):
+        state = convert_unet_state_dict_to_peft(state)
+    return state, alphas[0] if alphas else None, metadata
+
+
+def _put(network: Any, prefix: str, state: dict[str, Tensor], alphas: Any, metadata: Any) -> None:
+    network.load_lora_adapter(
+        state, prefix=prefix, network_alphas=alphas, metadata=metadata, low_cpu_mem_usage=True
+    )
+
+
 def load_lora(policy: Policy, folder: Path) -> None:
-    """Put exported LoRA weights on the network, for sampling; ModelError: they do not fit it."""
-    network: Any = policy.network
+    """Put LoRA weights that `check_lora` has passed on the network, for sampling."""
     with loading(folder):
-        network.load_lora_adapter(str(folder), prefix=policy.network_name, weight_name=LORA_FILE)
+        converted = _as_diffusers(policy, policy.network, str(folder))
+        _put(policy.network, policy.network_name, *converted)
 
 
 def has_lora(policy: Policy) -> bool:

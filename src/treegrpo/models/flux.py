@@ -45,6 +45,7 @@ class Flux(PackedFlow):
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
         """Guidance that the checkpoint does not take is refused."""
         super().check_sampling(sampling, configs)
+        configs["vae"]["shift_factor"]  # refused where there is none: the pipeline adds it
         scale = sampling.guidance_scale
         if not _takes_guidance(configs) and scale > 1:
             raise ModelError(

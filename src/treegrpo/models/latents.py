@@ -6,13 +6,13 @@ Left out: what one family alone does, which stands in its file.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from treegrpo.models.folder import ModelError
-from treegrpo.models.policy import Configs, Policy, Sampling
+from treegrpo.models.policy import Configs, Policy
 from treegrpo.transition import Schedule, flow_schedule
 
 # The layers of attention over image and text together.
@@ -32,9 +32,11 @@ class ImageLatents(Policy):
     """A model whose network takes an image's latents as they are."""
 
     @classmethod
-    def default_size(cls, configs: Configs) -> tuple[int, int]:
+    def default_size(cls, configs: Configs) -> tuple[int, int] | None:
         """The network's `sample_size`, one number or two."""
-        size, scale = configs[cls.network_name]["sample_size"], cls.pixels_per_latent(configs)
+        size, scale = configs[cls.network_name].get("sample_size"), cls.pixels_per_latent(configs)
+        if size is None:
+            return None
         height, width = (size, size) if isinstance(size, int) else size
         return height * scale, width * scale
 
@@ -49,6 +51,16 @@ class ImageLatents(Policy):
         height, width = self.sampling.size
         scale = self.pixels_per_latent(self.configs)
         return self.configs[self.network_name]["in_channels"], height // scale, width // scale
+
+
+def refuse_inputs(configs: Configs, switches: Sequence[str]) -> None:
+    """Refuse, with a ModelError, a transformer with an input that its pipeline has no value for."""
+    for switch in switches:
+        if configs["transformer"].get(switch):
+            raise ModelError(
+                f"model.path: the transformer has {switch} true, an input that the pipeline does "
+                "not give; must be false"
+            )
 
 
 # --- noise levels ---
@@ -102,9 +114,6 @@ def shift_for(scheduler: Any, tokens: int, max_shift: float) -> float:
 class PackedFlow(Policy):
     """A rectified flow on tokens of 2x2 latents, as FLUX.1's and those of models that followed."""
 
-    longest_prompt: ClassVar[int]
-    """In tokens: the pipeline's own limit, which no configuration holds."""
-
     @classmethod
     def default_size(cls, configs: Configs) -> tuple[int, int]:
         """The pipelines' own, 128 latents a side, which no configuration holds."""
@@ -117,14 +126,9 @@ class PackedFlow(Policy):
         return 2 * cls.pixels_per_latent(configs)
 
     @classmethod
-    def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
-        """Prompts beyond the pipeline's limit are refused."""
-        super().check_sampling(sampling, configs)
-        if (sampling.max_sequence_length or 0) > cls.longest_prompt:
-            raise ModelError(
-                f"model.max_sequence_length: got {sampling.max_sequence_length}; must be at most "
-                f"{cls.longest_prompt}"
-            )
+    def latent_channels(cls, configs: Configs) -> int:
+        """Of a token."""
+        return 4 * super().latent_channels(configs)
 
     @property
     def size_in_tokens(self) -> tuple[int, int]:
@@ -155,10 +159,9 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
 
 
 def unscaled(vae: Any, latents: Tensor) -> Tensor:
-    """Latents without the decoder's own factor and shift, if it has one."""
-    latents = latents / vae.config.scaling_factor
-    shift = vae.config.shift_factor
-    return latents + shift if shift is not None else latents
+    """Latents without the decoder's own factor and shift, both numbers."""
+    unshifted: Tensor = latents / vae.config.scaling_factor + vae.config.shift_factor
+    return unshifted
 
 
 def unstandardized(vae: Any, latents: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from torch import nn
 
 from treegrpo.config import ModelConfig
 from treegrpo.errors import reason
-from treegrpo.models.adapters import add_lora, check_lora_targets, load_lora
+from treegrpo.models.adapters import add_lora, check_lora, check_lora_targets, load_lora
 from treegrpo.models.components import Components
 from treegrpo.models.folder import (
     FAMILIES,
@@ -87,6 +87,8 @@ def open_policy(
     cache = None if model.embedding_cache is None else cache_folder(model.embedding_cache)
     dtype = getattr(torch, model.dtype)
     policy = family(checkpoint, sampling, device=device, dtype=dtype, cache=cache)
+    if lora_folder is not None and weights:
+        check_lora(policy, lora_folder)
     if model.lora_targets:
         check_lora_targets(policy, model.lora_targets)
     if model.attention_backend is not None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from treegrpo.images import evenly_spaced
 from treegrpo.models.components import Components
 from treegrpo.models.folder import ModelError
+from treegrpo.models.settings import absent_parts, complete, limit_tokenizers
 from treegrpo.models.text import (
     Conditioning,
     EmbeddingStore,
@@ -34,7 +35,7 @@ from treegrpo.transition import Schedule
 
 __all__ = ["Conditioning", "Configs", "Policy", "Sampling"]
 
-# Component to its config.json.
+# Component to its config.json, completed by its class's defaults.
 Configs = Mapping[str, Mapping[str, Any]]
 
 
@@ -93,6 +94,10 @@ class Policy(ABC):
     """The pipeline's own defaults."""
     kept_layers: ClassVar[tuple[str, ...]] = ()
     """The text encoders of which the pipeline wants every layer's output."""
+    longest_prompt: ClassVar[int | None] = None
+    """In tokens: the limit of the pipeline's `check_inputs`, which no configuration holds."""
+    optional_parts: ClassVar[tuple[str, ...]] = ()
+    """Text encoders and tokenizers that the pipeline can do without."""
     guidance_is_embedded: ClassVar[bool] = False
     """Whether guidance is an input of the network (distilled) instead of a second prediction."""
 
@@ -108,13 +113,18 @@ class Policy(ABC):
 
     @classmethod
     @abstractmethod
-    def default_size(cls, configs: Configs) -> tuple[int, int]:
-        """Height and width in pixels that the checkpoint was made for."""
+    def default_size(cls, configs: Configs) -> tuple[int, int] | None:
+        """Height and width in pixels that the checkpoint was made for, if it says so."""
 
     @classmethod
     @abstractmethod
     def size_multiple(cls, configs: Configs) -> int:
         """What height and width must be divisible by: the decoder's factor times the patch."""
+
+    @classmethod
+    def latent_channels(cls, configs: Configs) -> int:
+        """Of the decoder, as the network should take them."""
+        return int(configs["vae"]["latent_channels"])
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
@@ -217,7 +227,8 @@ class Policy(ABC):
         Raises:
             ModelError: a setting that the checkpoint or the device does not allow.
         """
-        self.checkpoint, self.configs = checkpoint, checkpoint.configs
+        self.checkpoint, self.configs = checkpoint, complete(checkpoint)
+        self._absent = absent_parts(checkpoint, self.optional_parts)
         self.device, self.dtype = device, dtype
         emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(False)
         if dtype == torch.bfloat16 and emulated:
@@ -225,18 +236,25 @@ class Policy(ABC):
                 f"model.dtype: got bfloat16, which {torch.cuda.get_device_name(device)} does not "
                 "compute in; must be float32"
             )
-        height, width = self.default_size(self.configs)
+        height, width = self.default_size(self.configs) or (None, None)
         self.sampling = replace(
             sampling, height=sampling.height or height, width=sampling.width or width
         )
+        self._check_channels()
         self._check_size()
+        self._check_prompt_length()
         self.check_sampling(self.sampling, self.configs)
         self.scheduler: Any = self.make_scheduler()
         self.network: nn.Module
         self.vae: Any = None
         if cache is not None:
-            settings = f"{self.pipeline_name} {dtype} {self.sampling.max_sequence_length}"
-            key = model_key(checkpoint.folder, checkpoint.text_parts, settings)
+            classes = {name: checkpoint.index[name] for name in checkpoint.text_parts}
+            # Zeros in the place of an absent encoder are as wide as the network takes them.
+            width = self.configs[self.network_name].get("joint_attention_dim")
+            length = self.sampling.max_sequence_length
+            settings = f"{self.pipeline_name} {classes} {dtype} {length} {width}"
+            manifest = cache / "digests.json"
+            key = model_key(checkpoint.folder, checkpoint.text_parts, settings, manifest)
             cache = cache / "embeddings" / key
         try:
             store = EmbeddingStore(cache)
@@ -244,8 +262,23 @@ class Policy(ABC):
             raise ModelError(f"model.embedding_cache: cannot be written to ({error})") from error
         self.text = PromptEncoder(self._load_encoders, self.encode_prompts, store, device)
 
+    def _check_channels(self) -> None:
+        taken = self.configs[self.network_name]["in_channels"]
+        channels = self.latent_channels(self.configs)
+        if taken != channels:
+            raise ModelError(
+                f"model.path: the {self.network_name} of {self.checkpoint.folder} takes {taken} "
+                f"channels, but the decoder's latents give {channels}; must be a checkpoint that "
+                "draws from text alone (networks for inpainting or editing take more)"
+            )
+
     def _check_size(self) -> None:
         multiple = self.size_multiple(self.configs)
+        if self.sampling.height is None or self.sampling.width is None:
+            raise ModelError(
+                f"model.height: must be given, and model.width: the {self.network_name} of "
+                f"{self.checkpoint.folder} has no sample_size"
+            )
         for name, value in zip(("height", "width"), self.sampling.size, strict=True):
             if value % multiple:
                 below = value // multiple * multiple
@@ -255,11 +288,20 @@ class Policy(ABC):
                     f"factor and the network's patches), such as {' or '.join(map(str, near))}"
                 )
 
+    def _check_prompt_length(self) -> None:
+        length, most = self.sampling.max_sequence_length, self.longest_prompt
+        if length is not None and most is not None and length > most:
+            raise ModelError(f"model.max_sequence_length: got {length}; must be at most {most}")
+
     def _load_encoders(self) -> Any:
         # Some pipelines look into these two for sizes.
         network = self.checkpoint.without_weights(self.network_name)
         present = {"scheduler": self.scheduler, self.network_name: network}
-        return load_encoders(self.checkpoint, present, self.dtype, self.device)
+        pipeline = load_encoders(
+            self.checkpoint, {**self._absent, **present}, self.dtype, self.device
+        )
+        limit_tokenizers(pipeline)
+        return pipeline
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Prompts to conditioning on the device, [prompts, ...] by name; see `PromptEncoder`."""

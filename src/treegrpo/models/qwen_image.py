@@ -11,7 +11,7 @@ import torch
 from diffusers import QwenImagePipeline
 from torch import Tensor, nn
 
-from treegrpo.models.latents import PackedFlow, decode, unstandardized
+from treegrpo.models.latents import PackedFlow, decode, refuse_inputs, unstandardized
 from treegrpo.models.policy import Conditioning, Configs, Sampling
 from treegrpo.models.text import count_tokens
 
@@ -33,6 +33,17 @@ class QwenImage(PackedFlow):
     def pixels_per_latent(cls, configs: Configs) -> int:
         """In each direction."""
         return int(2 ** len(configs["vae"]["temperal_downsample"]))
+
+    @classmethod
+    def latent_channels(cls, configs: Configs) -> int:
+        """Of a token."""
+        return 4 * int(configs["vae"]["z_dim"])
+
+    @classmethod
+    def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
+        """A network with inputs that text-to-image sampling has no values for is refused."""
+        super().check_sampling(sampling, configs)
+        refuse_inputs(configs, ("guidance_embeds", "use_additional_t_cond"))
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """The prompt's tokens, and which of them are there."""

@@ -6,12 +6,13 @@ Left out: resolution binning, and Sana's distilled relatives, whose pipelines ar
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any, ClassVar
 
 from diffusers import SanaPipeline
 from torch import Tensor, nn
 
-from treegrpo.models.latents import ImageLatents, decode, flow_levels
+from treegrpo.models.latents import ImageLatents, decode, flow_levels, refuse_inputs
 from treegrpo.models.policy import Conditioning, Configs, Sampling
 from treegrpo.models.text import count_tokens
 from treegrpo.transition import Schedule
@@ -35,6 +36,17 @@ class Sana(ImageLatents):
     def pixels_per_latent(cls, configs: Configs) -> int:
         """In each direction, by the encoder's levels."""
         return int(2 ** (len(configs["vae"]["encoder_block_out_channels"]) - 1))
+
+    @classmethod
+    def size_multiple(cls, configs: Configs) -> int:
+        """And the pipeline's own."""
+        return math.lcm(32, super().size_multiple(configs))
+
+    @classmethod
+    def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
+        """Distilled guidance is refused: it is another pipeline's."""
+        super().check_sampling(sampling, configs)
+        refuse_inputs(configs, ("guidance_embeds",))
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """The prompt's tokens, and which of them are there."""
@@ -79,7 +91,7 @@ class Sana(ImageLatents):
             x,
             encoder_hidden_states=conditioning["embeddings"],
             encoder_attention_mask=conditioning["mask"],
-            timestep=timestep * self.configs["transformer"].get("timestep_scale", 1.0),
+            timestep=timestep * self.configs["transformer"]["timestep_scale"],
             return_dict=False,
         )[0]
         # Some checkpoints also predict a variance, in as many channels again.

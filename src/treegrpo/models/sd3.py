@@ -26,6 +26,8 @@ class StableDiffusion3(ImageLatents):
     """`StableDiffusion3Pipeline`, with and without its T5 encoder."""
 
     pipeline_name: ClassVar = "StableDiffusion3Pipeline"
+    longest_prompt: ClassVar = 512
+    optional_parts: ClassVar = ("text_encoder_3", "tokenizer_3")
     defaults: ClassVar = Sampling(steps=28, guidance_scale=7.0, max_sequence_length=256)
     kept_layers: ClassVar = ("text_encoder", "text_encoder_2")
     lora_targets: ClassVar = JOINT_ATTENTION
@@ -34,6 +36,7 @@ class StableDiffusion3(ImageLatents):
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
         """Beyond the network's `pos_embed_max_size` there are no positions."""
         super().check_sampling(sampling, configs)
+        configs["vae"]["shift_factor"]  # refused where there is none: the pipeline adds it
         most = configs["transformer"]["pos_embed_max_size"] * cls.size_multiple(configs)
         for name, value in zip(("height", "width"), sampling.size, strict=True):
             if value > most:

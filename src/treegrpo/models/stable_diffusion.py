@@ -11,6 +11,7 @@ Left out: consistency sampling, inpainting, the refiner of SDXL and safety check
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -19,7 +20,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from treegrpo.models.folder import ModelError, loading
-from treegrpo.models.latents import ImageLatents, decode, unscaled
+from treegrpo.models.latents import ImageLatents, decode
 from treegrpo.models.policy import Conditioning, Configs, Sampling
 from treegrpo.transition import Schedule, variance_preserving_schedule
 
@@ -65,9 +66,20 @@ class StableDiffusion(ImageLatents):
             return solver.from_config(config, **self.scheduler_changes)
 
     @classmethod
+    def default_size(cls, configs: Configs) -> tuple[int, int] | None:
+        """The network's `sample_size`, but at least 64 where diffusers wrote it before 0.9."""
+        unet = configs["unet"]
+        size, written_by = unet.get("sample_size"), unet.get("_diffusers_version", "1.0")
+        is_old = tuple(map(int, written_by.split(".")[:2])) < (0, 9)
+        if is_old and isinstance(size, int) and size < 64:
+            size = 64 * cls.pixels_per_latent(configs)
+            return size, size
+        return super().default_size(configs)
+
+    @classmethod
     def size_multiple(cls, configs: Configs) -> int:
-        """A latent in pixels."""
-        return cls.pixels_per_latent(configs)
+        """A latent in pixels, and the pipeline's own."""
+        return math.lcm(8, cls.pixels_per_latent(configs))
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
@@ -167,8 +179,8 @@ class StableDiffusion(ImageLatents):
         return None
 
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """With the decoder's factor."""
-        return decode(self.vae, unscaled(self.vae, latents))
+        """With the decoder's factor, and no shift, whether it has one or not."""
+        return decode(self.vae, latents / self.vae.config.scaling_factor)
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -181,6 +193,25 @@ class StableDiffusionXL(StableDiffusion):
     defaults: ClassVar = Sampling(steps=50, guidance_scale=5.0)
     kept_layers: ClassVar = ("text_encoder", "text_encoder_2")
     scheduler_changes: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def default_size(cls, configs: Configs) -> tuple[int, int] | None:
+        """The network's `sample_size`, whoever wrote it."""
+        return super(StableDiffusion, cls).default_size(configs)
+
+    @classmethod
+    def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
+        """A network that is told something other than the pooled embedding and sizes is refused."""
+        super().check_sampling(sampling, configs)
+        unet, pooled = configs["unet"], configs["text_encoder_2"]["projection_dim"]
+        given = 6 * unet["addition_time_embed_dim"] + pooled
+        taken = unet["projection_class_embeddings_input_dim"]
+        if unet["addition_embed_type"] != "text_time" or given != taken:
+            raise ModelError(
+                f"model.path: the unet has addition_embed_type {unet['addition_embed_type']!r} and "
+                f"takes {taken} numbers beside the text, but the pipeline gives {given} as "
+                "text_time; must be a base model of Stable Diffusion XL (not a refiner)"
+            )
 
     def conditioning_shapes(self) -> dict[str, tuple[int, ...]]:
         """And the second encoder's pooled embedding."""
@@ -208,3 +239,14 @@ class StableDiffusionXL(StableDiffusion):
         # The original size, the corner of the crop, the size to draw.
         time_ids = torch.tensor([*size, 0, 0, *size], dtype=torch.float32, device=pooled.device)
         return {"text_embeds": pooled, "time_ids": time_ids.expand(len(pooled), -1)}
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """With the decoder's means and deviations as well, where it has both."""
+        config = self.vae.config
+        if config.latents_mean is None or config.latents_std is None:
+            return super().decode_latents(latents)
+        mean, std = (
+            torch.tensor(values, device=latents.device).view(-1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return decode(self.vae, latents * std / config.scaling_factor + mean)

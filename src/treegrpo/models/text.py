@@ -19,10 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from treegrpo.errors import reason
 from treegrpo.models.components import Components
+from treegrpo.models.digests import folder_digest
 from treegrpo.models.folder import ModelError, loading
 from treegrpo.versions import versions
 
@@ -33,10 +36,8 @@ PROMPTS_PER_ENCODING = 32
 _LETTERS_PER_TOKEN = 4.5  # of English, in today's vocabularies
 # Of embeddings that the disk also holds: an iteration's prompts fit many times over.
 _MEMORY_BYTES = 2**30
-# What of each weights file goes into a model's key: enough to tell models apart, quick to read.
-_SAMPLE_BYTES = 2**20
 # Whose versions decide an embedding; ftfy mends the prompts of some families.
-_LIBRARIES = ("diffusers", "transformers", "ftfy")
+_LIBRARIES = ("treegrpo", "diffusers", "transformers", "tokenizers", "ftfy")
 
 
 class PromptEncoder:
@@ -171,21 +172,18 @@ def cache_folder(setting: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "treegrpo"
 
 
-def model_key(folder: Path, parts: Iterable[str], settings: str) -> str:
+def model_key(
+    folder: Path, parts: Iterable[str], settings: str, manifest: Path | None = None
+) -> str:
     """A name for "what these text encoders give": from their files, settings and libraries.
 
-    `settings` is what else decides an embedding: dtype, prompt length.
+    Args:
+        settings: what else decides an embedding: dtype, prompt length.
+        manifest: of the files' digests.
     """
-    digest = hashlib.sha256(f"{settings} {versions(_LIBRARIES)}".encode())
-    for part in sorted(parts):
-        for path in sorted(p for p in (folder / part).rglob("*") if p.is_file()):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder)} {size}".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_SAMPLE_BYTES))
-                file.seek(max(0, size - _SAMPLE_BYTES))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:24]
+    files = [path for part in parts for path in (folder / part).rglob("*") if path.is_file()]
+    of_files = folder_digest(folder, files, manifest)
+    return hashlib.sha256(f"{settings} {versions(_LIBRARIES)} {of_files}".encode()).hexdigest()[:24]
 
 
 class EmbeddingStore:
@@ -199,7 +197,7 @@ class EmbeddingStore:
             folder.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, prompt: str) -> bool:
-        return prompt in self._recent or (self.folder is not None and self._path(prompt).is_file())
+        return prompt in self._recent or (self.folder is not None and _is_whole(self._path(prompt)))
 
     def get(self, prompt: str) -> dict[str, Tensor]:
         """A kept prompt's tensors."""
@@ -211,14 +209,20 @@ class EmbeddingStore:
         return tensors
 
     def put(self, prompt: str, tensors: dict[str, Tensor]) -> None:
-        """Keep a prompt's tensors, of which copies are made."""
+        """Keep a prompt's tensors, of which copies are made; ModelError: the disk refuses them."""
         tensors = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
         if self.folder is not None:
             path = self._path(prompt)
             # Several processes may write the same prompt; each file appears whole.
             partial = path.with_suffix(f".{os.getpid()}.partial")
-            save_file(tensors, partial)
-            os.replace(partial, path)
+            try:
+                save_file(tensors, partial)
+                os.replace(partial, path)
+            except (OSError, SafetensorError) as error:
+                partial.unlink(missing_ok=True)
+                raise ModelError(
+                    f"model.embedding_cache: {path} cannot be written: {reason(error)}"
+                ) from error
         self._remember(prompt, tensors)
 
     def _remember(self, prompt: str, tensors: dict[str, Tensor]) -> None:
@@ -231,6 +235,15 @@ class EmbeddingStore:
     def _path(self, prompt: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{hashlib.sha256(prompt.encode()).hexdigest()[:32]}.safetensors"
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file can be read, by its header, which knows the file's size."""
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except (OSError, SafetensorError):
+        return False
 
 
 def _bytes(tensors: Mapping[str, Tensor]) -> int:

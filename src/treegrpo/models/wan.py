@@ -5,6 +5,7 @@ Left out: Wan 2.2, which has two networks or a timestep per token, and image to 
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -26,8 +27,8 @@ class Wan(Policy):
 
     @classmethod
     def pixels_per_latent(cls, configs: Configs) -> int:
-        """In height and in width; where the configuration leaves it out, the decoder's default."""
-        return int(configs["vae"].get("scale_factor_spatial", 8))
+        """In height and in width."""
+        return int(configs["vae"]["scale_factor_spatial"])
 
     @classmethod
     def default_size(cls, configs: Configs) -> tuple[int, int]:
@@ -36,8 +37,14 @@ class Wan(Policy):
 
     @classmethod
     def size_multiple(cls, configs: Configs) -> int:
-        """A patch of latents in pixels."""
-        return cls.pixels_per_latent(configs) * int(configs["transformer"]["patch_size"][1])
+        """A patch of latents in pixels, of both directions and the pipeline's own."""
+        scale, patch = cls.pixels_per_latent(configs), configs["transformer"]["patch_size"]
+        return math.lcm(16, scale * int(patch[1]), scale * int(patch[2]))
+
+    @classmethod
+    def latent_channels(cls, configs: Configs) -> int:
+        """The decoder's."""
+        return int(configs["vae"]["z_dim"])
 
     @classmethod
     def check_sampling(cls, sampling: Sampling, configs: Configs) -> None:
@@ -49,6 +56,16 @@ class Wan(Policy):
                 f"model.frames: got {sampling.frames}; must be one more than a multiple of "
                 f"{multiple} (the decoder's factor in time), such as {below} or {below + multiple}"
             )
+        network, scale = configs["transformer"], cls.pixels_per_latent(configs)
+        for name, value, position in zip(
+            ("height", "width"), sampling.size, network["patch_size"][1:], strict=True
+        ):
+            most = network["rope_max_seq_len"] * position * scale
+            if value > most:
+                raise ModelError(
+                    f"model.{name}: got {value}; must be at most {most}, the largest for which the "
+                    "network has positions"
+                )
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -100,5 +117,5 @@ class Wan(Policy):
 
 
 def _time_scale(configs: Configs) -> int:
-    """Frames per latent; where the configuration leaves it out, the decoder's default."""
-    return int(configs["vae"].get("scale_factor_temporal", 4))
+    """Frames per latent."""
+    return int(configs["vae"]["scale_factor_temporal"])

@@ -1,7 +1,8 @@
 """From a configuration to the parts of a run, each made from its own section.
 
-What can be refused is refused first; the network's weights are read last. Left out: what the parts
-do in an iteration (`loop.py`).
+What can be refused is refused first; the network's weights are read last.
+
+Left out: what the parts do in an iteration (`loop.py`).
 """
 
 from __future__ import annotations

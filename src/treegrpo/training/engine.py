@@ -1,7 +1,9 @@
 """Several processes and mixed devices, by Accelerate and the user's configuration of it.
 
 Nothing else in the package knows about processes: what is shared, gathered and waited for goes
-through `Engine`. Left out: sharded weights; every process holds the whole model.
+through `Engine`.
+
+Left out: sharded weights; every process holds the whole model.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """The training loop: draw, sample and score, credit, update, keep.
 
-Read `iterate` first: it is the algorithm. `train` repeats it and keeps what comes of it. Left out:
-how each part does its job (`collector.py`, `methods/`, `learner.py`) and making them (`build.py`).
+Read `iterate` first: it is the algorithm. `train` repeats it and keeps what comes of it.
+
+Left out: how each part does its job (`collector.py`, `methods/`, `learner.py`) and making them
+(`build.py`).
 """
 
 from __future__ import annotations
