@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ STATE_FILE = "checkpoint.pt"
 EARLIER_STATE_FILE = "checkpoint.earlier.pt"
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
+DEPENDENCIES_FILE = "dependencies.json"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 MODEL_FOLDER = "model"
@@ -32,7 +34,7 @@ SUMMARY_FILE = "summary.json"
 PICTURE_FILES = ("before_after.png", "curve.png")
 
 # All that a run writes into its folder: what `--overwrite` replaces. Nothing else is touched.
-_AT_THE_START = (CONFIG_FILE, VERSIONS_FILE, TENSORBOARD_FOLDER)
+_AT_THE_START = (CONFIG_FILE, VERSIONS_FILE, DEPENDENCIES_FILE, TENSORBOARD_FOLDER)
 _WRITTEN = (
     *_AT_THE_START,
     STATE_FILE,
@@ -104,10 +106,38 @@ def check_run_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
             )
 
 
-def prepare_folder(config: Config, *, resume: bool, overwrite: bool, iteration: int = 0) -> None:
+def check_dependencies(config: Config, found: Mapping[str, str]) -> None:
+    """Refuse to resume a run upon other files than it began with.
+
+    Args:
+        found: their digests now, by name. What the run has not recorded may be anything.
+
+    Raises:
+        RunError: names those that differ.
+    """
+    path = config.output / DEPENDENCIES_FILE
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    changed = [name for name, digest in before.items() if found.get(name) != digest]
+    if changed:
+        raise RunError(
+            f"output: the run in {config.output} began with other files, so it cannot go on as it "
+            "was; bring these back, or start another run\n  "
+            + "\n  ".join(f"{name}: {'changed' if name in found else 'gone'}" for name in changed)
+        )
+
+
+def prepare_folder(
+    config: Config,
+    *,
+    resume: bool,
+    overwrite: bool,
+    iteration: int = 0,
+    dependencies: Mapping[str, str] | None = None,
+) -> None:
     """Make the run's folder (anew with `overwrite`) and write its configuration.
 
     Args:
+        dependencies: digests of files, for `check_dependencies`.
         iteration: that a resumed run goes on with, for the record of changed settings.
 
     Raises:
@@ -125,6 +155,8 @@ def prepare_folder(config: Config, *, resume: bool, overwrite: bool, iteration: 
     config.output.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output / CONFIG_FILE, to_yaml(located(config)) + notes)
     write_atomically(config.output / VERSIONS_FILE, json.dumps(versions(), indent=2) + "\n")
+    digests = json.dumps(dict(dependencies or {}), indent=2)
+    write_atomically(config.output / DEPENDENCIES_FILE, digests + "\n")
 
 
 def located(config: Config) -> Config:

@@ -34,10 +34,12 @@ from treegrpo.run_folder import (
     FAILED_REWARD_FOLDER,
     METRICS_FILE,
     STATE_FILE,
+    check_dependencies,
     drop_lines_from,
     located,
 )
 from treegrpo.training.collector import Collector
+from treegrpo.training.dependencies import dependencies
 from treegrpo.training.engine import Engine
 from treegrpo.training.learner import Learner
 from treegrpo.training.metrics import RewardMetrics
@@ -63,6 +65,7 @@ class Run:
         held_out: the prompts that evaluations use.
         sampler: the training prompts, in the order in which they are drawn.
         warnings: to be told, once.
+        dependencies: digests of the files that decide the numbers; on the main process.
     """
 
     config: Config
@@ -77,6 +80,7 @@ class Run:
     reward_metrics: RewardMetrics
     progress: Progress = field(default_factory=Progress)
     warnings: list[str] = field(default_factory=list)
+    dependencies: dict[str, str] = field(default_factory=dict)
     _saved: dict[str, Any] | None = None
     _saved_at: int | None = None
     _proven: bool = True
@@ -221,6 +225,9 @@ def build(config: Config, *, resume: bool = False) -> Run:
     sampler = PromptSampler(train_prompts, config.train.seed)
     progress = Progress()
     saved = _find_place(config, sampler, progress) if resume else None
+    digests = dependencies(config, policy.checkpoint) if engine.is_main else {}
+    if resume and engine.is_main:
+        check_dependencies(config, digests)
 
     # Before the network is read: the text encoders may be as large.
     left = config.train.iterations - progress.iteration
@@ -245,6 +252,7 @@ def build(config: Config, *, resume: bool = False) -> Run:
         RewardMetrics(config),
         progress,
         warnings,
+        digests,
         saved,
         progress.iteration if resume else None,
     )

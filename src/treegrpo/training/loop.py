@@ -38,7 +38,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     engine, progress, settings = run.engine, run.progress, config.train
     if engine.is_main:
         check_space(config.output, run.bytes_on_disk())
-        prepare_folder(config, resume=resume, overwrite=overwrite, iteration=progress.iteration)
+        prepare_folder(
+            config,
+            resume=resume,
+            overwrite=overwrite,
+            iteration=progress.iteration,
+            dependencies=run.dependencies,
+        )
     engine.wait()
     tracker = Tracker(config, enabled=engine.is_main)
     with (
