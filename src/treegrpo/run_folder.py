@@ -155,8 +155,9 @@ def prepare_folder(
     config.output.mkdir(parents=True, exist_ok=True)
     write_atomically(config.output / CONFIG_FILE, to_yaml(located(config)) + notes)
     write_atomically(config.output / VERSIONS_FILE, json.dumps(versions(), indent=2) + "\n")
-    digests = json.dumps(dict(dependencies or {}), indent=2)
-    write_atomically(config.output / DEPENDENCIES_FILE, digests + "\n")
+    if dependencies is not None:
+        digests = json.dumps(dict(dependencies), indent=2)
+        write_atomically(config.output / DEPENDENCIES_FILE, digests + "\n")
 
 
 def located(config: Config) -> Config:
