@@ -12,12 +12,14 @@ from command_line import CommandLine
 from safetensors.torch import load_file, save_file
 
 from treegrpo.advantage import leaf_advantages
+from treegrpo.checkpoint import load_state
 from treegrpo.config import Config, load_config, method_of
 from treegrpo.errors import UserError
 from treegrpo.finite import NotFiniteError, Watched, check_finite
 from treegrpo.objective import Loss
+from treegrpo.run_folder import read_lines
 from treegrpo.training.build import Run, build
-from treegrpo.training.loop import iterate
+from treegrpo.training.loop import iterate, train
 from treegrpo.training.metrics import UpdateMetrics
 
 REWARD = "jpeg_compressibility"  # which sees bytes, in which NaN is a color
@@ -112,6 +114,49 @@ def test_the_stage_is_told_apart_by_whether_training_has_begun(
     for work in (run.measure, lambda: iterate(run)):
         with pytest.raises(NotFiniteError, match=r"after 1 iterations: training has diverged"):
             work()
+
+
+def test_a_diverged_run_keeps_its_last_sound_state_and_goes_on_from_it(
+    configure: Callable[..., Config],
+) -> None:
+    steady = ("train.ema_decay=null", "train.learning_rate_schedule=constant", "train.save_every=1")
+    first = configure(*steady, "train.iterations=2", "train.learning_rate=1e-3")
+    train(first)
+    files = {path.name for path in first.output.iterdir()}
+    sound = load_state(first.output)
+    wild = configure(*steady, "train.iterations=6", "train.learning_rate=1e30")
+    # The third iteration's step is taken and its state is saved; the fourth cannot sample.
+    message = (
+        r"after 3 iterations: training has diverged; lower .*; --resume continues from the state "
+        r"after 2 iterations, and allows another train\.learning_rate, "
+    )
+    with pytest.raises(NotFiniteError, match=message):
+        train(wild, resume=True)
+    kept = load_state(first.output)
+    assert kept["iteration"] == 2
+    assert all(map(torch.equal, kept["parameters"], sound["parameters"]))
+    assert {path.name for path in first.output.iterdir()} == files
+    gentle = ("train.learning_rate=1e-4", "train.max_grad_norm=0.5", "objective.clip_low=0.001")
+    assert train(configure(*steady, "train.iterations=4", *gentle), resume=True).iterations == 4
+    assert {path.name for path in first.output.iterdir()} == files
+    text = (first.output / "config.yaml").read_text()
+    assert text.splitlines()[-4:] == [
+        "# changed at iteration 2: train.learning_rate was 0.001, now 1e+30",
+        "# changed at iteration 2: objective.clip_low was 0.0001, now 0.001",
+        "# changed at iteration 2: train.learning_rate was 1e+30, now 0.0001",
+        "# changed at iteration 2: train.max_grad_norm was 1.0, now 0.5",
+    ]
+    records = read_lines(first.output / "metrics.jsonl")
+    assert [record["learning_rate"] for record in records] == [1e-3, 1e-3, 1e-4, 1e-4]
+
+
+def test_a_run_that_diverges_at_once_leaves_no_broken_state(
+    configure: Callable[..., Config],
+) -> None:
+    config = configure("train.ema_decay=null", "train.save_every=1", "train.learning_rate=1e30")
+    with pytest.raises(NotFiniteError, match="no earlier state was saved: start again with --over"):
+        train(config)
+    assert not list(config.output.glob("checkpoint*"))
 
 
 def test_infinite_statistics_of_a_reward_are_refused(

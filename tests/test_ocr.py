@@ -133,6 +133,46 @@ def test_prompts_without_text_are_named(reward: OCR) -> None:
         reward(torch.zeros(1, 3, 32, 32), ["a cat"], None)
 
 
+@pytest.mark.parametrize(
+    ("text", "unknown"),
+    [
+        ("\u041f\u0440\u0438\u0432\u0435\u0442", "'\u0432', '\u0435', '\u0438'"),  # Cyrillic
+        ("\u05e9\u05dc\u05d5\u05dd", "'\u05d5', '\u05dc'"),  # Hebrew
+        ("\u0e44\u0e17\u0e22", "'\u0e17', '\u0e22'"),  # Thai
+        ("Vi\u1ec7t Nam", "'\u1ec7'"),
+        ("Vie\u0323\u0302t Nam", "'\u1ec7'"),  # the same in three signs
+        ("Hi \U0001f98a", "'\U0001f98a'"),
+    ],
+)
+def test_text_that_the_reader_cannot_read_is_refused(reward: OCR, text: str, unknown: str) -> None:
+    prompt = f'a sign "{text}"'
+    with pytest.raises(UserError) as caught:
+        reward.check(['"Hello"', prompt], None)
+    assert str(caught.value).startswith(f"the prompt {prompt!r} asks for text with ")
+    assert unknown in str(caught.value)
+    with pytest.raises(UserError, match="the reader's alphabet lacks"):
+        reward.check(["a sign"], [{"text": text}])
+
+
+def test_text_that_the_reader_can_read_is_not_refused(reward: OCR) -> None:
+    texts = [
+        "Hello World",
+        "don\u2019t walk\u2026",
+        "\uff2f\uff30\uff25\uff2e",
+        "Stra\u00dfe",
+        "caf\u00e9",
+        "50% off!",
+    ]
+    texts += [
+        "\u4e2d\u6587",
+        "a-b_c/d\\e",
+        "(x) [y] {z} <w>",
+        "$5 & up @ #1 *",
+        "\u20ac 3,50; 4:30?",
+    ]
+    reward.check(["a sign"] * len(texts), [{"text": text} for text in texts])
+
+
 def test_options_are_checked() -> None:
     with pytest.raises(UserError, match="option threads: 0 is not a positive integer"):
         OCR(threads=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -449,6 +450,53 @@ def test_what_cannot_be_resumed_is_refused_before_any_work(
     with (config.output / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 7, "rew')
     assert read_lines(config.output / "metrics.jsonl")[-1]["iteration"] == 0
+
+
+def test_a_run_is_not_resumed_upon_exchanged_files(
+    configure: Callable[..., Config], tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_checkpoint, tmp_path / "model")
+    weights, folder = tmp_path / "reward.bin", tmp_path / "heads"
+    weights.write_bytes(b"0" * 5_000_000)
+    folder.mkdir()
+    (folder / "head.bin").write_bytes(b"1")
+    reward = {
+        "name": "toy_rewards:Keeps",
+        "options": {"file": str(weights), "heads_path": str(folder), "text": str(tmp_path)},
+    }
+    config = configure(
+        f"model.path={model}",
+        f"rewards=[{json.dumps(reward)}]",
+        "model.lora_rank=2",
+        "train.iterations=1",
+    )
+    train(config)
+    recorded = (config.output / "dependencies.json").read_text()
+    build(config, resume=True)
+
+    def refused(*names: str) -> None:
+        with pytest.raises(RunError, match="began with other files") as caught:
+            build(config, resume=True)
+        assert str(caught.value).splitlines()[1:] == [f"  {name}: changed" for name in names]
+
+    # In the middle of a file, with size and time as they were.
+    for name, path in {
+        "model.path, transformer": model / "transformer" / "diffusion_pytorch_model.safetensors",
+        "model.path, vae": model / "vae" / "diffusion_pytorch_model.safetensors",
+        "rewards.0.options.file": weights,
+        "rewards.0.options.heads_path": folder / "head.bin",
+    }.items():
+        before, times = path.read_bytes(), path.stat()
+        middle = len(before) // 2
+        path.write_bytes(before[:middle] + bytes([before[middle] ^ 1]) + before[middle + 1 :])
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        refused(name)
+        path.write_bytes(before)
+    assert train(config, resume=True).iterations == 1
+    assert (config.output / "dependencies.json").read_text() == recorded
+    # What other versions have not recorded is not compared.
+    (config.output / "dependencies.json").unlink()
+    build(config, resume=True)
 
 
 def test_an_evaluation_that_failed_is_made_up_for(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from treegrpo.errors import reason
-from treegrpo.run_folder import STATE_FILE, RunError
+from treegrpo.run_folder import EARLIER_STATE_FILE, STATE_FILE, RunError
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -37,6 +37,9 @@ def check_space(folder: Path, needed: int) -> None:
 def save_state(folder: Path, state: dict[str, Any]) -> None:
     """Replace the run's state at once: a crash or a full disk leaves the previous one whole.
 
+    The previous one stays beside it until `prove_state`, because only the next iteration shows
+    whether a state is sound; of two that are not proven, the first gives way.
+
     Raises:
         RunError: the disk is full.
     """
@@ -45,6 +48,8 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
     partial = folder / (STATE_FILE + ".partial")
     try:
         torch.save(state, partial)
+        if (folder / STATE_FILE).exists() and not (folder / EARLIER_STATE_FILE).exists():
+            _keep(folder / STATE_FILE, folder / EARLIER_STATE_FILE)
         os.replace(partial, folder / STATE_FILE)
     except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
@@ -52,6 +57,26 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
             f"output: could not write {folder / STATE_FILE}: {error}; an earlier checkpoint in "
             "this folder, if there is one, is unharmed"
         ) from error
+
+
+def _keep(path: Path, copy: Path) -> None:
+    try:
+        os.link(path, copy)
+    except OSError:  # the disk's format has no second names
+        os.replace(path, copy)
+
+
+def prove_state(folder: Path) -> None:
+    """The state is sound: the one before it is not needed any more."""
+    (folder / EARLIER_STATE_FILE).unlink(missing_ok=True)
+
+
+def take_back_state(folder: Path) -> bool:
+    """The state is not sound: put the one before it in its place, if that is still there."""
+    there = (folder / EARLIER_STATE_FILE).exists()
+    if there:
+        os.replace(folder / EARLIER_STATE_FILE, folder / STATE_FILE)
+    return there
 
 
 def load_state(folder: Path) -> dict[str, Any]:

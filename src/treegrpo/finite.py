@@ -5,11 +5,15 @@ Left out: rewards' answers (`rewards/scoring.py`), and gradients (`training/lear
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from treegrpo.errors import UserError
-from treegrpo.rollout import Predict
+
+if TYPE_CHECKING:
+    from treegrpo.rollout import Predict
 
 
 class NotFiniteError(UserError):

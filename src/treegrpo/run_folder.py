@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import yaml
 
 from treegrpo.config import Config, load_config, to_yaml
 from treegrpo.errors import UserError
-from treegrpo.settings import free_on_resume
+from treegrpo.settings import FREE_ON_RESUME, RECORDED_ON_RESUME, marked
 from treegrpo.versions import versions
 
 STATE_FILE = "checkpoint.pt"
+EARLIER_STATE_FILE = "checkpoint.earlier.pt"
 CONFIG_FILE = "config.yaml"
 VERSIONS_FILE = "versions.json"
+DEPENDENCIES_FILE = "dependencies.json"
 METRICS_FILE = "metrics.jsonl"
 EVALUATIONS_FILE = "evaluations.jsonl"
 MODEL_FOLDER = "model"
@@ -31,11 +34,12 @@ SUMMARY_FILE = "summary.json"
 PICTURE_FILES = ("before_after.png", "curve.png")
 
 # All that a run writes into its folder: what `--overwrite` replaces. Nothing else is touched.
-_AT_THE_START = (CONFIG_FILE, VERSIONS_FILE, TENSORBOARD_FOLDER)
+_AT_THE_START = (CONFIG_FILE, VERSIONS_FILE, DEPENDENCIES_FILE, TENSORBOARD_FOLDER)
 _WRITTEN = (
     *_AT_THE_START,
     STATE_FILE,
     STATE_FILE + ".partial",
+    EARLIER_STATE_FILE,
     METRICS_FILE,
     EVALUATIONS_FILE,
     MODEL_FOLDER,
@@ -102,13 +106,45 @@ def check_run_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
             )
 
 
-def prepare_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
+def check_dependencies(config: Config, found: Mapping[str, str]) -> None:
+    """Refuse to resume a run upon other files than it began with.
+
+    Args:
+        found: their digests now, by name. What the run has not recorded may be anything.
+
+    Raises:
+        RunError: names those that differ.
+    """
+    path = config.output / DEPENDENCIES_FILE
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    changed = [name for name, digest in before.items() if found.get(name) != digest]
+    if changed:
+        raise RunError(
+            f"output: the run in {config.output} began with other files, so it cannot go on as it "
+            "was; bring these back, or start another run\n  "
+            + "\n  ".join(f"{name}: {'changed' if name in found else 'gone'}" for name in changed)
+        )
+
+
+def prepare_folder(
+    config: Config,
+    *,
+    resume: bool,
+    overwrite: bool,
+    iteration: int = 0,
+    dependencies: Mapping[str, str] | None = None,
+) -> None:
     """Make the run's folder (anew with `overwrite`) and write its configuration.
+
+    Args:
+        dependencies: digests of files, for `check_dependencies`.
+        iteration: that a resumed run goes on with, for the record of changed settings.
 
     Raises:
         RunError: as `check_run_folder`.
     """
     check_run_folder(config, resume=resume, overwrite=overwrite)
+    notes = _notes(config, iteration) if resume else ""
     if not resume:
         for name in _WRITTEN:
             path = config.output / name
@@ -117,8 +153,11 @@ def prepare_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
             else:
                 path.unlink(missing_ok=True)
     config.output.mkdir(parents=True, exist_ok=True)
-    write_atomically(config.output / CONFIG_FILE, to_yaml(located(config)))
+    write_atomically(config.output / CONFIG_FILE, to_yaml(located(config)) + notes)
     write_atomically(config.output / VERSIONS_FILE, json.dumps(versions(), indent=2) + "\n")
+    if dependencies is not None:
+        digests = json.dumps(dict(dependencies), indent=2)
+        write_atomically(config.output / DEPENDENCIES_FILE, digests + "\n")
 
 
 def located(config: Config) -> Config:
@@ -136,19 +175,45 @@ def _check_same_settings(folder: Path, config: Config) -> None:
     except UserError as error:
         raise RunError(f"output: the run in {folder} cannot be resumed: {error}") from error
     before, now = _settings(saved), _settings(config)
-    free = set(free_on_resume(type(config)))
+    free = set(marked(type(config), FREE_ON_RESUME))
+    recorded = set(marked(type(config), RECORDED_ON_RESUME))
     if config.train.learning_rate_schedule == "constant":
         free.add(("train", "iterations"))  # otherwise they decide every step's learning rate
-    changed = [
-        f"{'.'.join(key)}: was {before.get(key)!r}, now {now.get(key)!r}"
-        for key in sorted({*before, *now}, key=str)
-        if before.get(key) != now.get(key) and key not in free
-    ]
-    if changed:
+    changed = [key for key in _differing(before, now) if key not in free]
+    if set(changed) - recorded:
+        listed = [
+            f"{'.'.join(key)}: was {before.get(key)!r}, now {now.get(key)!r}"
+            + (" (which may change)" if key in recorded else "")
+            for key in changed
+        ]
         raise RunError(
             f"output: the run in {folder} was made with other settings; to resume, keep "
-            "them\n  " + "\n  ".join(changed)
+            "them\n  " + "\n  ".join(listed)
         )
+
+
+_NOTE = "# changed at iteration "
+
+
+def _notes(config: Config, iteration: int) -> str:
+    """Comments for the configuration of a resumed run: what was changed at which resume."""
+    path = config.output / CONFIG_FILE
+    lines = path.read_text(encoding="utf-8").splitlines()
+    notes = [line for line in lines if line.startswith(_NOTE)]
+    before, now = _settings(load_config(path, [])), _settings(config)
+    recorded = set(marked(type(config), RECORDED_ON_RESUME))
+    notes += [
+        f"{_NOTE}{iteration}: {'.'.join(key)} was {before[key]!r}, now {now[key]!r}"
+        for key in _differing(before, now)
+        if key in recorded
+    ]
+    return "".join(f"{line}\n" for line in notes)
+
+
+def _differing(
+    before: dict[tuple[str, ...], Any], now: dict[tuple[str, ...], Any]
+) -> list[tuple[str, ...]]:
+    return [k for k in sorted({*before, *now}, key=str) if before.get(k) != now.get(k)]
 
 
 def _settings(config: Config) -> dict[tuple[str, ...], Any]:

@@ -23,14 +23,14 @@ Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Name = Annotated[str, Field(min_length=1)]
 
 
-class _FreeOnResume:
-    """Marks a field that may differ between a run and its continuation.
-
-    It decides where, when and with how much memory the run works, not what it computes.
-    """
+class ResumeMark:
+    """Marks a field that may differ between a run and its continuation."""
 
 
-FREE_ON_RESUME = _FreeOnResume()
+FREE_ON_RESUME = ResumeMark()
+"""It decides where, when and with how much memory the run works, not what it computes."""
+RECORDED_ON_RESUME = ResumeMark()
+"""It steers what is computed from then on, and the run's record says when it was changed."""
 
 
 class Section(BaseModel):
@@ -57,16 +57,16 @@ def section_of(field: FieldInfo) -> tuple[type[BaseModel] | None, bool]:
     return None, False
 
 
-def free_on_resume(
-    section: type[BaseModel], prefix: tuple[str, ...] = ()
+def marked(
+    section: type[BaseModel], mark: ResumeMark, prefix: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, ...]]:
-    """The keys of a section's fields, and of the sections in it, that are `FREE_ON_RESUME`."""
+    """The keys of a section's fields, and of the sections in it, that have a mark."""
     for name, field in section.model_fields.items():
         inner, is_list = section_of(field)
-        if FREE_ON_RESUME in field.metadata:
+        if mark in field.metadata:
             yield (*prefix, name)
         elif inner is not None and not is_list:
-            yield from free_on_resume(inner, (*prefix, name))
+            yield from marked(inner, mark, (*prefix, name))
 
 
 def problem(value: object, allowed: str, field: str = "", beside: str = "") -> PydanticCustomError:

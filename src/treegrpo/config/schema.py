@@ -27,6 +27,7 @@ from treegrpo.methods.settings import (
 from treegrpo.methods.trees import TreeAdvantageSettings, TreeSettings
 from treegrpo.settings import (
     FREE_ON_RESUME,
+    RECORDED_ON_RESUME,
     AtLeastOne,
     AtLeastZero,
     BelowOne,
@@ -97,7 +98,7 @@ class TrainConfig(Section):
 
     iterations: AtLeastOne = 80
     """Iterations, each of one rollout and its updates."""
-    learning_rate: Positive = 2e-4
+    learning_rate: Annotated[Positive, RECORDED_ON_RESUME] = 2e-4
     """Learning rate of AdamW after the warmup."""
     warmup_iterations: AtLeastZero[int] = 5
     """Iterations over which the learning rate grows linearly."""
@@ -109,7 +110,7 @@ class TrainConfig(Section):
     """Decay of AdamW's first moment."""
     adam_beta2: BelowOne = 0.999
     """Decay of AdamW's second moment."""
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: Annotated[Positive, RECORDED_ON_RESUME] = 1.0
     """Gradient norm above which the gradient is scaled down."""
     inner_epochs: AtLeastOne = 1
     """Passes over the samples of an iteration."""

@@ -14,6 +14,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from treegrpo.settings import (
     FREE_ON_RESUME,
+    RECORDED_ON_RESUME,
     AtLeastOne,
     AtLeastZero,
     Name,
@@ -101,9 +102,9 @@ class ObjectiveSettings(Section):
 class ClippedSettings(ObjectiveSettings):
     """What methods that maximize the clipped objective let one choose."""
 
-    clip_low: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    clip_low: Annotated[float, Field(gt=0, le=1), RECORDED_ON_RESUME] = 1e-4
     """The ratio counts down to 1 - clip_low."""
-    clip_high: Positive = 1e-4
+    clip_high: Annotated[Positive, RECORDED_ON_RESUME] = 1e-4
     """The ratio counts up to 1 + clip_high."""
     log_prob_reduction: Literal["mean", "sum"] = "mean"
     """Over a sample's dimensions: mean, as published clip ranges expect, or sum, the density."""

@@ -13,6 +13,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError
@@ -105,7 +106,7 @@ class OCR:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.threads = threads or max(1, (cores or 1) // processes)
         # Many pictures on one core each are faster than one picture on many cores.
-        self._reader = RapidOCR(
+        self._reader: Any = RapidOCR(
             params={
                 "EngineConfig.onnxruntime.intra_op_num_threads": 1,
                 "EngineConfig.onnxruntime.inter_op_num_threads": 1,
@@ -114,9 +115,26 @@ class OCR:
         )
 
     def check(self, prompts: list[str], metadata: Metadata) -> None:
-        """Raises UserError for the first prompt that asks for no text."""
+        """Raises UserError for the first prompt that asks for no text, or unreadable one."""
         for prompt, entry in zip(prompts, metadata or [{}] * len(prompts), strict=True):
-            _target(prompt, entry)
+            unknown = sorted(set(_target(prompt, entry)) - self.letters)
+            if unknown:
+                raise UserError(
+                    f"the prompt {prompt!r} asks for text with {', '.join(map(repr, unknown))}, "
+                    "which the reader's alphabet lacks, so that no picture could get 1; leave the "
+                    "prompt out, or ask for other text"
+                )
+
+    @cached_property
+    def letters(self) -> frozenset[str]:
+        """What the reader can find of a target: its alphabet, as `comparable` text."""
+        import numpy as np
+
+        # The recogniser is loaded when it is first used.
+        self._reader(np.zeros((48, 48, 3), np.uint8), use_det=False, use_cls=False)
+        alphabet: list[str] = self._reader.text_rec.postprocess_op.character
+        # The alphabet's first entry is a word that stands for "no letter".
+        return frozenset("".join(comparable(letter) for letter in alphabet if len(letter) == 1))
 
     def __call__(self, images: Tensor, prompts: list[str], metadata: Metadata) -> list[float]:
         """Read N images, float [N, 3, H, W] in [0, 1], and compare: N numbers in [0, 1]."""
@@ -129,8 +147,9 @@ class OCR:
 
     def read(self, picture: NDArray[np.uint8]) -> list[str]:
         """The lines of text in a picture, from top to bottom: uint8 [H, W, 3], blue first."""
-        # The classifier turns text that stands on its head; the original has it off.
-        found: Any = self._reader(picture, use_cls=False)
+        # The classifier turns text that stands on its head; the original has it off. The reader
+        # remembers what it was last told, so all is said.
+        found = self._reader(picture, use_det=True, use_cls=False)
         return list(found.txts or ())
 
     def _score(self, picture: NDArray[np.uint8], target: str) -> float:

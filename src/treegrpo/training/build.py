@@ -33,10 +33,13 @@ from treegrpo.run_folder import (
     EVALUATIONS_FILE,
     FAILED_REWARD_FOLDER,
     METRICS_FILE,
+    STATE_FILE,
+    check_dependencies,
     drop_lines_from,
     located,
 )
 from treegrpo.training.collector import Collector
+from treegrpo.training.dependencies import dependencies
 from treegrpo.training.engine import Engine
 from treegrpo.training.learner import Learner
 from treegrpo.training.metrics import RewardMetrics
@@ -62,6 +65,7 @@ class Run:
         held_out: the prompts that evaluations use.
         sampler: the training prompts, in the order in which they are drawn.
         warnings: to be told, once.
+        dependencies: digests of the files that decide the numbers; on the main process.
     """
 
     config: Config
@@ -76,7 +80,10 @@ class Run:
     reward_metrics: RewardMetrics
     progress: Progress = field(default_factory=Progress)
     warnings: list[str] = field(default_factory=list)
+    dependencies: dict[str, str] = field(default_factory=dict)
     _saved: dict[str, Any] | None = None
+    _saved_at: int | None = None
+    _proven: bool = True
 
     def measure(self) -> Evaluation:
         """The current policy (its average, if one is kept) on the held-out prompts.
@@ -137,14 +144,36 @@ class Run:
         return self.learner.state_bytes() + export_bytes(self.policy)
 
     def save(self) -> None:
-        """Write the state from which `restore` continues exactly."""
-        if self.engine.is_main:
+        """Write the state from which `restore` continues exactly, if that has not been done."""
+        if self.engine.is_main and self._saved_at != self.progress.iteration:
             state = {
                 **vars(self.progress),
                 **self.learner.state_dict(),
                 "sampler": self.sampler.state_dict(),
             }
             checkpoint.save_state(self.config.output, state)
+            self._saved_at, self._proven = self.progress.iteration, False
+
+    def prove(self) -> None:
+        """What was saved last is sound: an iteration or an evaluation went well from it."""
+        if self.engine.is_main:
+            checkpoint.prove_state(self.config.output)
+            self._proven = True
+
+    def go_back(self) -> str:
+        """Leave in the folder the last sound state, if there is one; returns what can be done."""
+        if not self.engine.is_main or not self.learner.has_stepped:
+            return ""
+        folder = self.config.output
+        if not checkpoint.take_back_state(folder) and not self._proven:
+            (folder / STATE_FILE).unlink()
+        if not (folder / STATE_FILE).exists():
+            return "; no earlier state was saved: start again with --overwrite"
+        iteration = checkpoint.load_state(folder)["iteration"]
+        return (
+            f"; --resume continues from the state after {iteration} iterations, and allows another "
+            "train.learning_rate, train.max_grad_norm and clip range"
+        )
 
     def restore(self) -> None:
         """Take over what the run to resume has trained; until then the model is the initial one."""
@@ -196,6 +225,9 @@ def build(config: Config, *, resume: bool = False) -> Run:
     sampler = PromptSampler(train_prompts, config.train.seed)
     progress = Progress()
     saved = _find_place(config, sampler, progress) if resume else None
+    digests = dependencies(config, policy.checkpoint) if engine.is_main else {}
+    if resume and engine.is_main:
+        check_dependencies(config, digests)
 
     # Before the network is read: the text encoders may be as large.
     left = config.train.iterations - progress.iteration
@@ -220,7 +252,9 @@ def build(config: Config, *, resume: bool = False) -> Run:
         RewardMetrics(config),
         progress,
         warnings,
+        digests,
         saved,
+        progress.iteration if resume else None,
     )
 
 

@@ -13,12 +13,13 @@ import sys
 
 from treegrpo.checkpoint import check_space
 from treegrpo.config import Config
-from treegrpo.console import Display, stop_signal
+from treegrpo.console import Display, Stop, stop_signal
 from treegrpo.errors import UserError
+from treegrpo.finite import NotFiniteError
 from treegrpo.report.model_card import write_model_card
 from treegrpo.report.run import TrainingResult, describe, write_report
 from treegrpo.rewards import RewardError, closing
-from treegrpo.run_folder import MODEL_FOLDER, prepare_folder
+from treegrpo.run_folder import MODEL_FOLDER, RunError, prepare_folder
 from treegrpo.tracking import Tracker
 from treegrpo.training.build import Run, build
 from treegrpo.training.held_out import HeldOut
@@ -31,41 +32,47 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     Raises:
         UserError: a setting, folder, model or prompt list that cannot be used; nothing was done.
         RewardError: a reward failed; the state before the failing iteration was saved.
+        NotFiniteError: the model is broken; the last state that was sound is kept.
     """
     run = build(config, resume=resume)
     engine, progress, settings = run.engine, run.progress, config.train
     if engine.is_main:
         check_space(config.output, run.bytes_on_disk())
-        prepare_folder(config, resume=resume, overwrite=overwrite)
+        prepare_folder(
+            config,
+            resume=resume,
+            overwrite=overwrite,
+            iteration=progress.iteration,
+            dependencies=run.dependencies,
+        )
     engine.wait()
     tracker = Tracker(config, enabled=engine.is_main)
-    limit = (settings.time_limit_minutes or math.inf) * 60
     with (
         Display(settings.iterations, enabled=engine.is_main) as display,
         stop_signal() as stop,
         closing(run.rewards),
     ):
         display.warn(run.warnings)
-        held_out = HeldOut(run, tracker, resume=resume)
-        display.say(f"before: {describe(held_out.before)}")
-        interrupted, late = engine.anywhere(stop.requested, progress.seconds >= limit)
         try:
-            while progress.iteration < settings.iterations and not (interrupted or late):
-                record = iterate(run)
-                tracker.metrics(record)
-                display.warn(run.warnings)
-                display.show(record, run.seconds_left(limit))
-                if is_due(config.evaluation.every, progress.iteration):
-                    held_out.measure()
-                if is_due(settings.save_every, progress.iteration):
-                    run.save()
-                interrupted, late = engine.anywhere(stop.requested, progress.seconds >= limit)
-        finally:
+            held_out = HeldOut(run, tracker, resume=resume)
+            display.say(f"before: {describe(held_out.before)}")
+            try:
+                interrupted = _repeat(run, held_out, tracker, display, stop)
+            except NotFiniteError:
+                raise  # the state is not worth saving
+            except BaseException:
+                run.save()
+                raise
             run.save()
-            if isinstance(sys.exception(), RewardError | UserError):
+            held_out.measure()
+            run.prove()
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{error}{run.go_back()}") from error
+        finally:
+            failure = sys.exception()
+            if isinstance(failure, RewardError | UserError) and not isinstance(failure, RunError):
                 # It is raised on all processes; a launcher ends them all when the first has ended.
                 engine.wait()
-        held_out.measure()
     result = TrainingResult.of(
         config.output, held_out.before, held_out.last, vars(progress), interrupted=interrupted
     )
@@ -75,6 +82,25 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         write_report(config, held_out.before, held_out.last, result, display)
     tracker.finish()
     return result
+
+
+def _repeat(run: Run, held_out: HeldOut, tracker: Tracker, display: Display, stop: Stop) -> bool:
+    """Iterate until the run is done, its time is over or a stop is asked for; whether it was."""
+    config, progress = run.config, run.progress
+    limit = (config.train.time_limit_minutes or math.inf) * 60
+    while True:
+        interrupted, late = run.engine.anywhere(stop.requested, progress.seconds >= limit)
+        if progress.iteration >= config.train.iterations or interrupted or late:
+            return interrupted
+        record = iterate(run)
+        run.prove()
+        tracker.metrics(record)
+        display.warn(run.warnings)
+        display.show(record, run.seconds_left(limit))
+        if is_due(config.evaluation.every, progress.iteration):
+            held_out.measure()
+        if is_due(config.train.save_every, progress.iteration):
+            run.save()
 
 
 def iterate(run: Run) -> dict[str, float]:
