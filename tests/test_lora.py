@@ -81,7 +81,9 @@ def written(base: Path, folder: Path, tensors: Tensors) -> ModelConfig:
     folder.mkdir(exist_ok=True)
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "pytorch_lora_weights.safetensors", {"format": "pt"})
-    (folder / "sampling.json").write_text(json.dumps({"base_model": str(base), "steps": 4}))
+    stored = json.loads((base / "sampling.json").read_text())
+    sampling = stored | {"base_model": str(base), "steps": 4}
+    (folder / "sampling.json").write_text(json.dumps(sampling))
     return ModelConfig(path=str(folder), embedding_cache=None)
 
 
