@@ -140,8 +140,8 @@ class Run:
         )
 
     def bytes_on_disk(self) -> int:
-        """About what the checkpoint and the exported model take."""
-        return self.learner.state_bytes() + export_bytes(self.policy)
+        """About what the checkpoint, while one replaces another, and the exported model take."""
+        return 2 * self.learner.state_bytes() + export_bytes(self.policy)
 
     def save(self) -> None:
         """Write the state from which `restore` continues exactly, if that has not been done."""
