@@ -29,11 +29,12 @@ class FlowGRPO(PolicyGradient):
     rollout_settings = FlatSettings
     rollout: FlatSettings
     paper = "[Flow-GRPO](https://arxiv.org/abs/2505.05470)"
+    trajectories = staticmethod(plan.flow_grpo)
 
     def plan(self, iteration: int) -> RolloutPlan:
-        """`plan.flow_grpo`, the same in every iteration."""
+        """The same plan in every iteration."""
         settings = self.rollout
-        return plan.flow_grpo(
+        return self.trajectories(
             settings.steps,
             group_size=settings.group_size,
             deterministic_final_step=settings.deterministic_final_step,
@@ -46,21 +47,11 @@ class DDPO(FlowGRPO):
     paper = "[DDPO](https://arxiv.org/abs/2305.13301)"
 
 
-class DanceGRPO(PolicyGradient):
+class DanceGRPO(FlowGRPO):
     """Flow-GRPO whose groups share their first noise."""
 
-    rollout_settings = FlatSettings
-    rollout: FlatSettings
     paper = "[DanceGRPO](https://arxiv.org/abs/2505.07818)"
-
-    def plan(self, iteration: int) -> RolloutPlan:
-        """`plan.dance_grpo`, the same in every iteration."""
-        settings = self.rollout
-        return plan.dance_grpo(
-            settings.steps,
-            group_size=settings.group_size,
-            deterministic_final_step=settings.deterministic_final_step,
-        )
+    trajectories = staticmethod(plan.dance_grpo)
 
 
 class MixGRPO(WindowMethod):
