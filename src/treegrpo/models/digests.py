@@ -1,6 +1,7 @@
 """Digests of whole files; a manifest remembers them, so that no file is read twice.
 
-Left out: what they are for: the key of kept embeddings (`text.py`).
+Left out: what they are for: the key of kept embeddings (`text.py`), and the files that a run began
+with (`training/dependencies.py`).
 """
 
 from __future__ import annotations

@@ -50,7 +50,6 @@ class Learner:
         warnings: list[str],
     ) -> None:
         self.policy, self._method, self._settings, self._engine = policy, method, settings, engine
-        policy.network.eval()  # no dropout: the ratio compares the same function
         self.parameters = [p for p in policy.network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             self.parameters,

@@ -58,12 +58,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
             display.say(f"before: {describe(held_out.before)}")
             try:
                 interrupted = _repeat(run, held_out, tracker, display, stop)
-            except NotFiniteError:
-                raise  # the state is not worth saving
-            except BaseException:
-                run.save()
-                raise
-            run.save()
+            finally:
+                if not isinstance(sys.exception(), NotFiniteError):  # that state is worth nothing
+                    run.save()
             held_out.measure()
             run.prove()
         except NotFiniteError as error:
