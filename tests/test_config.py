@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from treegrpo.config import Config, ConfigError, describe_fields, load_config, method_of, to_yaml
 from treegrpo.config.wording import methods_with
+from treegrpo.miniature import EMBEDDED
 from treegrpo.rewards import check_reward
 
 
@@ -336,8 +337,8 @@ def test_recipes_are_complete(path: Path) -> None:
     for reward in config.rewards:
         check_reward(reward.name, reward.options)
     method_of(config).checked_plans(config.train.iterations)
-    if config.model.path != "miniature":
-        # Nothing of the miniature's may be left where another model is trained.
+    if config.model.path not in EMBEDDED:
+        # Nothing of the miniatures' may be left where another model is trained.
         assert config.accuracy is None
         assert config.prompts.train != "miniature"
         assert config.output.name == path.stem

@@ -1,23 +1,26 @@
-"""The embedded default: its prompts, its size, and how good a base model it is."""
+"""The embedded models: their prompts, their size, and how good base models they are."""
 
 from __future__ import annotations
 
 from importlib import resources
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command_line import CommandLine
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 
 from treegrpo.config import ModelConfig
 from treegrpo.evaluation.measure import evaluate
-from treegrpo.evaluation.sampling import Draws
-from treegrpo.miniature import scenes
+from treegrpo.evaluation.sampling import Draws, prompts_noises, sample
+from treegrpo.miniature import EMBEDDED, pretrain, scenes
 from treegrpo.models.folder import resolve
 from treegrpo.models.opening import load_policy
 from treegrpo.prompts import load_prompts
 from treegrpo.rewards import load_reward
+from treegrpo.run_folder import read_lines
 
 
 def test_train_and_held_out_prompts_share_no_attribute_combination() -> None:
@@ -64,18 +67,24 @@ def test_scenes_keep_their_shapes_apart_and_inside() -> None:
                     assert apart >= one.radius + other.radius + 2
 
 
-def test_the_checkpoint_is_small_and_an_honest_base_model() -> None:
+def folders() -> list[Path]:
+    return [Path(resolve(name)) for name in EMBEDDED]
+
+
+def test_the_package_is_small() -> None:
+    """Before it is compressed, so that the wheel is too."""
+    package = Path(str(resources.files("treegrpo")))
+    files = [path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert sum(path.stat().st_size for path in files) < 16e6
+    for folder in folders():
+        assert folder / "model_index.json" in files
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_a_checkpoint_is_an_honest_base_model(name: str) -> None:
     """Between 35% and 65% right before training: room to learn, and something to learn from."""
-    files = [path for path in Path(resolve("miniature")).rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 12e6
-    policy = load_policy(ModelConfig(embedding_cache=None), device=torch.device("cpu"))
-    forwards = 0
-
-    def count(module: Any, arguments: Any, keywords: dict[str, Any]) -> None:
-        nonlocal forwards
-        forwards += len(keywords["hidden_states"])
-
-    policy.network.register_forward_pre_hook(count, with_kwargs=True)
+    model = ModelConfig(path=name, embedding_cache=None)
+    policy = load_policy(model, device=torch.device("cpu"))
     accuracy = {"accuracy": load_reward("composition_accuracy")}
     prompts = load_prompts("miniature", "held_out")
     rows: list[int] = []
@@ -84,3 +93,78 @@ def test_the_checkpoint_is_small_and_an_honest_base_model() -> None:
     result = evaluate(policy, prompts, accuracy, draws)
     assert 0.35 < result.mean("accuracy") < 0.65
     assert sum(rows) == len(prompts) * 2 * 10
+
+
+def test_both_belong_to_the_same_world() -> None:
+    """They share the tokenizer, and what a decoder makes of its latents."""
+    flow, diffusion = folders()
+    for file in (flow / "tokenizer").iterdir():
+        assert (diffusion / "tokenizer" / file.name).read_bytes() == file.read_bytes()
+    one, other = (AutoencoderKL.from_pretrained(folder / "vae") for folder in (flow, diffusion))
+    rng = np.random.default_rng(0)
+    drawn = rng.choice(np.array(scenes.all_compositions(), dtype=object), 64)
+    images = [scenes.render(scenes.place(composition, rng)) for composition in drawn]
+    pixels = torch.from_numpy(np.stack(images)) * 2 - 1
+    with torch.no_grad():
+        expected, latents = (vae.encode(pixels).latent_dist for vae in (one, other))
+        torch.testing.assert_close(other.decode(latents.mean), one.decode(expected.mean))
+        difference = (latents.logvar - expected.logvar).flatten(2)
+        std, mean = torch.std_mean(latents.mean, (0, 2, 3))
+    assert difference.std(2).max() < 1e-4  # a channel's factor
+    torch.testing.assert_close(mean, torch.zeros(4), atol=0.1, rtol=0)
+    torch.testing.assert_close(std, torch.ones(4), atol=0.1, rtol=0)
+
+
+def test_the_diffusion_model_is_stable_diffusion_1_5_for_diffusers() -> None:
+    """Without an argument beside the folder, and drawn as our rollout draws it."""
+    prompts = ["two red circles", "a green triangle above a yellow square"]
+    policy = load_policy(
+        ModelConfig(path="miniature-diffusion", embedding_cache=None), device=torch.device("cpu")
+    )
+    pipeline = StableDiffusionPipeline.from_pretrained(resolve("miniature-diffusion"))
+    pipeline.set_progress_bar_config(disable=True)
+    assert policy.pipeline_name == type(pipeline).__name__
+    assert pipeline.safety_checker is None
+    assert pipeline.unet.dtype == pipeline.text_encoder.dtype == torch.float32
+    noise = torch.stack(list(islice(prompts_noises(policy, Draws(1, 10)), 2)))[:, 0]
+    expected = pipeline(
+        prompts, latents=noise, num_inference_steps=10, guidance_scale=1.0, output_type="pt"
+    ).images
+    torch.testing.assert_close(
+        sample(policy, prompts, Draws(1, 10))[:, 0], expected, atol=1e-5, rtol=0
+    )
+
+
+def test_the_recipe_trains_the_diffusion_model(treegrpo: CommandLine) -> None:
+    recipe = Path(__file__).parent.parent / "configs" / "miniature-diffusion.yaml"
+    changes = ("train.iterations=2", "rollout.prompts_per_iteration=2", "rollout.steps=4")
+    quick = ("evaluation.max_prompts=2", "evaluation.images_per_prompt=1", "model.device=cpu")
+    code, _, err = treegrpo("train", str(recipe), *changes, *quick, "output=run")
+    assert code == 0, err
+    records = read_lines(Path("run/metrics.jsonl"))
+    assert all(record["gradient_norm"] > 0 for record in records)
+    trained = StableDiffusionPipeline.from_pretrained("run/model")
+    base = StableDiffusionPipeline.from_pretrained(resolve("miniature-diffusion"))
+    weights = base.unet.state_dict()
+    assert any(
+        not torch.equal(values, weights[name]) for name, values in trained.unet.state_dict().items()
+    )
+
+
+def test_the_script_makes_a_pipeline_that_it_can_go_on_with(tmp_path: Path) -> None:
+    sizes = ("--images=64", "--curated-images=32", "--batch-size=8", "--curated-steps=1")
+    pretrain.main([str(tmp_path / "raw"), "--kind=diffusion", "--raw-steps=1", *sizes])
+    start = f"--start={tmp_path / 'raw'}"
+    pretrain.main([str(tmp_path / "curated"), "--kind=diffusion", start, *sizes])
+    made = StableDiffusionPipeline.from_pretrained(tmp_path / "curated")
+    shipped = StableDiffusionPipeline.from_pretrained(resolve("miniature-diffusion"))
+    assert made.scheduler.config == shipped.scheduler.config
+    for name in ("unet", "vae", "text_encoder"):
+        one, other = (pipeline.components[name].state_dict() for pipeline in (made, shipped))
+        assert {key: value.shape for key, value in one.items()} == {
+            key: value.shape for key, value in other.items()
+        }
+    # What is written names no folder of the machine that it was made on.
+    for file in (tmp_path / "curated").rglob("*.json"):
+        assert "_name_or_path" not in file.read_text(encoding="utf-8"), file
+    assert not torch.equal(made.unet.conv_in.weight, shipped.unet.conv_in.weight)

@@ -17,6 +17,7 @@ import yaml
 
 from treegrpo.config import Config, load_config, to_yaml
 from treegrpo.errors import UserError
+from treegrpo.miniature import EMBEDDED
 from treegrpo.settings import FREE_ON_RESUME, RECORDED_ON_RESUME, marked
 from treegrpo.versions import versions
 
@@ -163,7 +164,7 @@ def prepare_folder(
 def located(config: Config) -> Config:
     """With a model's folder by its whole path, which means the same wherever it is read."""
     folder = Path(config.model.path).expanduser()
-    if config.model.path == "miniature" or not folder.is_dir():
+    if config.model.path in EMBEDDED or not folder.is_dir():
         return config
     model = config.model.model_copy(update={"path": str(folder.resolve())})
     return config.model_copy(update={"model": model})

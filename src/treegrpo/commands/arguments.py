@@ -15,6 +15,7 @@ import typer
 
 from treegrpo.config import Config, ModelConfig, load_config
 from treegrpo.errors import UserError
+from treegrpo.miniature import EMBEDDED
 from treegrpo.models.folder import check_checkpoint
 from treegrpo.rewards import check_reward
 
@@ -32,7 +33,9 @@ ConfigArguments = Annotated[
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help='A diffusers folder, a hub name or "miniature".', show_default=False
+        metavar="MODEL",
+        help=f"A diffusers folder, a hub name, {' or '.join(EMBEDDED)}.",
+        show_default=False,
     ),
 ]
 Column = Annotated[str, typer.Option(help="The column with the prompt.")]
@@ -76,7 +79,7 @@ def model_section(path: str, dtype: DType, guidance_scale: float | None) -> Mode
 
 
 def check_model(model: str, field: str, *, weights: bool = True) -> None:
-    """Refuse a model that is neither "miniature", a usable folder nor a hub's name.
+    """Refuse a model that is neither embedded, a usable folder nor a hub's name.
 
     Args:
         field: what it was given as, for the message.
@@ -89,14 +92,14 @@ def check_model(model: str, field: str, *, weights: bool = True) -> None:
     if path.is_dir():
         check_checkpoint(path, field, weights=weights)
         return
-    if model == "miniature":
+    if model in EMBEDDED:
         return
     if path.exists():
         raise UserError(f"{field}: {model} is a file; must be a diffusers folder")
     if model[0] in "./~" or not _HUB_NAME.fullmatch(model):
         raise UserError(
-            f'{field}: no folder {model}; must be "miniature", a diffusers folder, or a hub name '
-            "such as owner/name"
+            f"{field}: no folder {model}; must be a diffusers folder, a hub name such as "
+            f"owner/name, or embedded: {', '.join(EMBEDDED)}"
         )
 
 

@@ -55,7 +55,8 @@ class ModelConfig(Section):
     """The policy that is trained."""
 
     path: Name = "miniature"
-    """The model: "miniature" (embedded), a diffusers folder, or a Hugging Face hub name."""
+    """The model: "miniature" or "miniature-diffusion" (embedded), a diffusers folder, or a Hugging
+    Face hub name."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the model computes in; trained weights, transitions and log-probabilities are float32 in
     any case."""

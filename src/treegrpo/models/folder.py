@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from treegrpo.errors import UserError
+from treegrpo.miniature import EMBEDDED
 
 SAMPLING_FILE = "sampling.json"
 INDEX_FILE = "model_index.json"
@@ -99,9 +100,9 @@ def loading(what: Path) -> Iterator[None]:
 
 
 def resolve(path: str) -> str:
-    """The folder of the embedded checkpoint for "miniature", any other path as it is."""
-    if path == "miniature":
-        return str(resources.files("treegrpo") / "miniature" / "checkpoint")
+    """An embedded checkpoint's folder for its name, any other path as it is."""
+    if path in EMBEDDED:
+        return str(resources.files("treegrpo") / "miniature" / EMBEDDED[path])
     return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
