@@ -423,8 +423,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=100_000, help="raw ones")
     parser.add_argument("--curated-images", type=int, default=100_000)
     parser.add_argument("--autoencoder-steps", type=int, default=2500, help="of the flow")
-    parser.add_argument("--raw-steps", type=int, default=4000)
-    parser.add_argument("--curated-steps", type=int, default=4500)
+    parser.add_argument("--raw-steps", type=int, help="default: 4000, of diffusion 2000")
+    parser.add_argument("--curated-steps", type=int, help="default: 4500, of diffusion 3200")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
@@ -432,8 +432,8 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options: Any = parser.parse_args(arguments)
     torch.manual_seed(options.seed)
-    batch_size, out, steps = options.batch_size, options.out, options.raw_steps
-    is_flow = options.kind == "flow"
+    batch_size, out, is_flow = options.batch_size, options.out, options.kind == "flow"
+    raw_steps, curated_steps = (4000, 4500) if is_flow else (2000, 3200)
     loss_of: Loss = flow_loss if is_flow else diffusion_loss
     pipeline: Any
     if options.start:
@@ -447,10 +447,11 @@ def main(arguments: list[str] | None = None) -> None:
             train_autoencoder(pipeline.vae, images, options.autoencoder_steps)
         else:
             pipeline = build_diffusion_pipeline(images[:4096])
+        steps = options.raw_steps or raw_steps
         horizon = steps * 3 // 2
         train(pipeline, loss_of, images, captions, steps, batch_size, 1.2e-3, horizon, out)
     images, captions = draw_data(options.curated_images, options.seed + 1, CURATED_CAPTION_NOISE)
-    steps = options.curated_steps
+    steps = options.curated_steps or curated_steps
     train(pipeline, loss_of, images, captions, steps, batch_size, 1e-3, steps, out)
 
 
