@@ -1,4 +1,4 @@
-"""What every recipe in configs/ takes of GPU memory, as `treegrpo plan` predicts it.
+"""What every recipe takes of GPU memory, as `treegrpo plan` predicts it.
 
     python benchmarks/recipe_memory.py [--quick]
 
@@ -18,10 +18,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from treegrpo.config import load_config
+from treegrpo.config import configuration_file, load_config
 from treegrpo.memory import estimate, suggest
-
-CONFIGS = Path(__file__).parent.parent / "configs"
 
 CLIP_L = {
     "architectures": ["CLIPTextModel"],
@@ -263,10 +261,10 @@ def main() -> None:
     for recipe, (processes, memory) in recipes.items():
         limit = int(memory.removesuffix("GB")) * 2**30
         with tempfile.TemporaryDirectory() as temporary:
-            path = load_config(CONFIGS / f"{recipe}.yaml", []).model.path
+            path = load_config(configuration_file(recipe), []).model.path
             write_checkpoint(path, Path(temporary))
             changes = [f"model.path={temporary}", "model.device=cuda"]
-            config = load_config(CONFIGS / f"{recipe}.yaml", changes)
+            config = load_config(configuration_file(recipe), changes)
             needed = estimate(config, processes=processes)
             if needed.parameters != CHECKPOINTS[path][2]:
                 sys.exit(f"{path}: {needed.parameters:,} parameters, not {CHECKPOINTS[path][2]:,}")

@@ -108,7 +108,6 @@ METHODS_COMMANDS = _commands("docs/methods.md")
 def test_commands_of_the_methods_page(
     command: str, answer: str, treegrpo: CommandLine, tiny_checkpoint: Path
 ) -> None:
-    Path("configs").symlink_to(ROOT / "configs")
     for block in blocks("docs/methods.md", "python"):
         name = re.match(r"# (\w+\.py)\n", block)
         assert name is not None, "its first line names the file"

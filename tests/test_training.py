@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -151,7 +152,7 @@ def test_a_run_leaves_everything_about_it(run: Path) -> None:
     config = load_config(run / "config.yaml", [])
     assert config.output == run
     assert config.train.iterations == 3
-    assert json.loads((run / "versions.json").read_text())["torch"] == torch.__version__
+    assert json.loads((run / "versions.json").read_text())["torch"] == version("torch")
     assert list((run / "tensorboard").glob("events.out.tfevents.*"))
     for picture in ("before_after.png", "curve.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")

@@ -33,7 +33,6 @@ app = typer.Typer(
     help="Online reinforcement learning for diffusion and flow models by tree rollouts.",
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command(epilog=_CONFIG_KEYS)(train)

@@ -4,6 +4,7 @@ Left out: the sections of the methods (`methods/settings.py`).
 """
 
 from treegrpo.config.reading import changed, load_config, parse_argument, parse_yaml, to_yaml
+from treegrpo.config.recipes import RECIPES, configuration_file
 from treegrpo.config.schema import (
     Config,
     EvaluationConfig,
@@ -16,6 +17,7 @@ from treegrpo.config.schema import (
 from treegrpo.config.wording import ConfigError, describe_fields
 
 __all__ = [
+    "RECIPES",
     "Config",
     "ConfigError",
     "EvaluationConfig",
@@ -24,6 +26,7 @@ __all__ = [
     "RewardConfig",
     "TrainConfig",
     "changed",
+    "configuration_file",
     "describe_fields",
     "load_config",
     "method_of",
