@@ -104,6 +104,7 @@ def _commands(page: str) -> list[tuple[str, str]]:
 METHODS_COMMANDS = _commands("docs/methods.md")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "answer"), METHODS_COMMANDS, ids=lambda text: text[:60])
 def test_commands_of_the_methods_page(
     command: str, answer: str, treegrpo: CommandLine, tiny_checkpoint: Path

@@ -400,6 +400,7 @@ def test_a_videos_middle_frame_is_shown(treegrpo: Run) -> None:
 # --- what goes wrong ---
 
 
+@pytest.mark.slow
 def test_a_failing_reward_costs_neither_the_others_nor_its_own_scores(
     treegrpo: Run, gray: Callable[..., Path]
 ) -> None:

@@ -40,10 +40,17 @@ def configuration(checkpoint: Path, *changes: str) -> Config:
     return load_config(None, [*SMALL, f"model.path={checkpoint}", *changes])
 
 
+@pytest.fixture(scope="module")
+def measured() -> Measurements:
+    """What is measured once for all configurations of `SMALL`."""
+    return Measurements(steps=4)
+
+
 def bytes_of(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+@pytest.mark.slow
 def test_predictions_are_near_what_the_profiler_measures() -> None:
     """The benchmark's shortest part: the miniature and a tiny Stable Diffusion 3.5."""
     run = subprocess.run(
@@ -135,10 +142,13 @@ def test_kept_states_are_those_of_a_rollout(plan: RolloutPlan, keep_means: bool)
     assert len(states.by_step) == plan.steps
 
 
-def test_only_the_micro_batch_decides_the_updates_activations(tiny_checkpoint: Path) -> None:
+@pytest.mark.slow
+def test_only_the_micro_batch_decides_the_updates_activations(
+    tiny_checkpoint: Path, measured: Measurements
+) -> None:
     def activations(*changes: str) -> int:
-        update = estimate(configuration(tiny_checkpoint, *changes)).phase("update")
-        return update.device["activations"]
+        config = configuration(tiny_checkpoint, *changes)
+        return estimate(config, measurements=measured).phase("update").device["activations"]
 
     least = activations()
     assert activations("rollout.prompts_per_iteration=16") == least
@@ -148,12 +158,14 @@ def test_only_the_micro_batch_decides_the_updates_activations(tiny_checkpoint: P
     assert activations("model.gradient_checkpointing=true") < 0.9 * least
 
 
-def test_the_rollout_does_not_grow_with_the_leaves_beyond_max_batch(tiny_checkpoint: Path) -> None:
+def test_the_rollout_does_not_grow_with_the_leaves_beyond_max_batch(
+    tiny_checkpoint: Path, measured: Measurements
+) -> None:
     def phases(window: int) -> tuple[int, int]:
         config = configuration(
             tiny_checkpoint, f"rollout.window_size={window}", "rollout.max_batch=2"
         )
-        parts = estimate(config).phase("rollout").device
+        parts = estimate(config, measurements=measured).phase("rollout").device
         return parts["activations"], parts["states"]
 
     (few, few_states), (many, many_states) = phases(2), phases(4)
@@ -171,26 +183,28 @@ def test_offload_moves_states_to_the_host(tiny_checkpoint: Path) -> None:
     assert moved.device["activations"] == kept.device["activations"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.7, 0.4, 0.2])
 def test_suggested_settings_fit_and_none_is_superfluous(
-    share: float, tiny_checkpoint: Path
+    share: float, tiny_checkpoint: Path, measured: Measurements
 ) -> None:
     changes = ["train.micro_batch=32", "rollout.prompts_per_iteration=16"]
     config = configuration(tiny_checkpoint, *changes)
-    measurements = Measurements(config.rollout.steps)
-    limit = int(share * estimate(config, measurements=measurements).peak)
-    advice = suggest(config, limit, measurements=measurements)
+    limit = int(share * estimate(config, measurements=measured).peak)
+    advice = suggest(config, limit, measurements=measured)
     assert advice.fits
     settings = [f"{change.key}={change.value}" for change in advice.changes]
     changed = configuration(tiny_checkpoint, *changes, *settings)
     assert estimate(changed).peak == advice.changes[-1].peak <= limit
     for setting in settings:
         others = [other for other in settings if other != setting]
-        assert estimate(configuration(tiny_checkpoint, *changes, *others)).peak > limit
+        lacking = configuration(tiny_checkpoint, *changes, *others)
+        assert estimate(lacking, measurements=measured).peak > limit
 
 
-def test_what_nothing_makes_fit_is_said(tiny_checkpoint: Path) -> None:
-    advice = suggest(configuration(tiny_checkpoint), 1000)
+@pytest.mark.slow
+def test_what_nothing_makes_fit_is_said(tiny_checkpoint: Path, measured: Measurements) -> None:
+    advice = suggest(configuration(tiny_checkpoint), 1000, measurements=measured)
     assert not advice.fits
     assert advice.changes
 
@@ -251,6 +265,7 @@ def test_the_command_needs_configurations_alone(
     assert "the checkpoint is incomplete" in refusal
 
 
+@pytest.mark.slow
 def test_the_command_says_whether_it_fits(tiny_checkpoint: Path, treegrpo: CommandLine) -> None:
     arguments = (*SMALL, f"model.path={tiny_checkpoint}")
     out, data = plan_json(treegrpo, *arguments, "--memory", "24GiB")

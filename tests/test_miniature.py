@@ -64,6 +64,7 @@ def test_scenes_keep_their_shapes_apart_and_inside() -> None:
                     assert apart >= one.radius + other.radius + 2
 
 
+@pytest.mark.slow
 def test_the_checkpoint_is_small_and_an_honest_base_model() -> None:
     """Between 35% and 65% right before training: room to learn, and something to learn from."""
     files = [path for path in Path(resolve("miniature")).rglob("*") if path.is_file()]

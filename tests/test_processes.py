@@ -26,6 +26,7 @@ from treegrpo.config import load_config
 from treegrpo.run_folder import read_lines
 from treegrpo.training.loop import train
 
+pytestmark = pytest.mark.slow
 PATIENCE = 300.0  # seconds; reached only where processes wait for each other in vain
 PROMPTS, LEAVES = 4, 4
 REWARDS = """

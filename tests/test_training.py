@@ -230,6 +230,7 @@ def test_other_settings_do_not_resume_a_run(run: Path) -> None:
     check_run_folder(load_config(run / "config.yaml", free), resume=True, overwrite=False)
 
 
+@pytest.mark.slow
 def test_control_c_ends_a_run_that_can_go_on(tiny_checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     changes = settings_of(tiny_checkpoint, folder, "train.iterations=100000")
@@ -370,6 +371,7 @@ def test_every_iteration_draws_new_noises(configure: Callable[..., Config], tmp_
 # --- resuming ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -10,11 +10,8 @@ from pathlib import Path
 
 from treegrpo.config.wording import ConfigError
 
-_FILES = {
-    path.stem: path for path in sorted((Path(__file__).parent.parent / "recipes").glob("*.yaml"))
-}
-RECIPES = tuple(_FILES)
-"""The names, in the order of the alphabet."""
+_FILES = {path.stem: path for path in (Path(__file__).parent.parent / "recipes").glob("*.yaml")}
+RECIPES = sorted(_FILES)
 
 
 def configuration_file(name: str) -> Path:
