@@ -43,7 +43,7 @@ for _command in (plan, sample, evaluate, serve_reward):
 def main() -> None:
     """Run the command line; the console script and `python -m treegrpo`."""
     try:
-        app()
+        app(prog_name="treegrpo")
     except (UserError, PlanError, RewardError) as error:
         typer.echo(f"{typer.style('error:', fg='red', bold=True)} {error}", err=True)
         sys.exit(2)
