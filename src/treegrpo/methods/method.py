@@ -183,7 +183,13 @@ class Method(ABC):
         from treegrpo.transition import transitions
 
         settings = self.rollout
-        return transitions(schedule, plan.stochastic, settings.transition, settings.noise_level)
+        kind = settings.transition or ("flow_sde" if schedule.is_flow else "ddim")
+        if kind in ("flow_sde", "dance_sde") and not schedule.is_flow:
+            raise PlanError(
+                f"rollout.transition: got {kind}, which is for flow models; must be null, ddim or "
+                "cps for a diffusion model"
+            )
+        return transitions(schedule, plan.stochastic, kind, settings.noise_level)
 
     def update_forwards(self, plan: RolloutPlan) -> int:
         """Forwards with gradient (rows) of one pass over one prompt's forest."""
