@@ -343,7 +343,6 @@ def test_training_changes_only_what_it_should_and_diffusers_loads_it(
         "rollout.branching": 2,
         "rollout.window_size": 2,
         "rollout.prompts_per_iteration": 2,
-        "rollout.transition": case.transition,
         "train.iterations": 2,
         "train.warmup_iterations": 0,
         "train.learning_rate": 1e-3,

@@ -23,7 +23,8 @@ from treegrpo.commands.arguments import ConfigArguments, check_model, check_outp
 from treegrpo.config import Config, ModelConfig, changed, method_of
 from treegrpo.console import plain_console
 from treegrpo.errors import UserError
-from treegrpo.models.folder import check_trainable
+from treegrpo.methods.method import transition_kind
+from treegrpo.models.folder import check_trainable, is_diffusion
 
 if TYPE_CHECKING:
     from treegrpo.memory import Advice, Batches, Estimate
@@ -148,6 +149,7 @@ def plan(
     limit = None if memory is None else parse_memory(memory)
     check_model(config.model.path, "model.path", weights=False)
     check_trainable(config.model.path, in_full=not config.model.lora_rank)
+    transition_kind(config.rollout, is_flow=not is_diffusion(config.model.path))
     check_output(json_file, "--json")
     config.check_shares(processes)
     method_of(config).checked_plans(config.train.iterations)
