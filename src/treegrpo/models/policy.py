@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from treegrpo.images import evenly_spaced
+from treegrpo.models.cache import MANIFEST_FILE, model_folder
 from treegrpo.models.components import Components
 from treegrpo.models.folder import ModelError
 from treegrpo.models.settings import absent_parts, complete, limit_tokenizers
@@ -249,6 +250,7 @@ class Policy(ABC):
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         cache: Path | None = None,
+        cache_bytes: float | None = None,
     ) -> None:
         """Made by `opening.open_policy`.
 
@@ -256,6 +258,7 @@ class Policy(ABC):
             device: of the network, the decoder, the text encoders and the states.
             dtype: what the network computes in.
             cache: where prompt embeddings are kept; None keeps them and the encoders in memory.
+            cache_bytes: the most that all models' embeddings there take; None: any.
 
         Raises:
             ModelError: a setting that the checkpoint or the device does not allow.
@@ -281,19 +284,21 @@ class Policy(ABC):
         self.scheduler: Any = self.make_scheduler()
         self.network: nn.Module
         self.vae: Any = None
+        folder = None
         if cache is not None:
             classes = {name: checkpoint.index[name] for name in checkpoint.text_parts}
             # Zeros in the place of an absent encoder are as wide as the network takes them.
             width = self.configs[self.network_name].get("joint_attention_dim")
             length = self.sampling.max_sequence_length
             settings = f"{self.pipeline_name} {classes} {dtype} {length} {width}"
-            manifest = cache / "digests.json"
+            manifest = cache / MANIFEST_FILE
             key = model_key(checkpoint.folder, checkpoint.text_parts, settings, manifest)
-            cache = cache / "embeddings" / key
-        try:
-            store = EmbeddingStore(cache)
-        except OSError as error:
-            raise ModelError(f"model.embedding_cache: cannot be written to ({error})") from error
+            try:
+                folder = model_folder(cache, key, checkpoint.folder)
+            except OSError as error:
+                message = f"model.embedding_cache: cannot be written to ({error})"
+                raise ModelError(message) from error
+        store = EmbeddingStore(folder, cache_bytes)
         self.text = PromptEncoder(self._load_encoders, self.encode_prompts, store, device)
 
     def _check_channels(self) -> None:
@@ -341,10 +346,15 @@ class Policy(ABC):
         """Prompts to conditioning on the device, [prompts, ...] by name; see `PromptEncoder`."""
         return self.text.encode(prompts)
 
-    def prepare(self, prompts: Sequence[str], say: Callable[[str], None] = print) -> None:
+    def prepare(
+        self,
+        prompts: Sequence[str],
+        say: Callable[[str], None] = print,
+        others: Sequence[str] = (),
+    ) -> None:
         """`PromptEncoder.prepare` for all prompts of a run, and the negative one."""
         self.negative()
-        self.text.prepare(prompts, say)
+        self.text.prepare(prompts, say, [self.sampling.negative_prompt, *others])
 
     def noise(self, count: int, generator: torch.Generator | None) -> Tensor:
         """Standard normal float32 [count, *latent_shape]: states at the first level."""

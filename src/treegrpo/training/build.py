@@ -238,7 +238,7 @@ def build(config: Config, *, resume: bool = False) -> Run:
     left = config.train.iterations - progress.iteration
     upcoming = sampler.upcoming(left * config.rollout.prompts_per_iteration)
     texts = [prompt.text for prompt in [*held_out, *upcoming]]
-    policy.prepare(engine.share_on_host(texts), say)
+    policy.prepare(engine.share_on_host(texts), say, others=texts)
     engine.wait()
 
     load_weights(policy, config.model, train=True)
