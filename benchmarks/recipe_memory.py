@@ -244,6 +244,8 @@ def write_checkpoint(name: str, folder: Path) -> None:
     """Its configurations, without weights."""
     pipeline, parts, _ = CHECKPOINTS[name]
     index: dict[str, Any] = {"_class_name": pipeline}
+    for part in [part for part in parts if part.startswith("text_encoder")]:
+        index[part.replace("text_encoder", "tokenizer")] = ["transformers", "AutoTokenizer"]
     for part, (class_path, config) in parts.items():
         library, _, class_name = class_path.partition(".")
         index[part] = [library, class_name]

@@ -169,6 +169,7 @@ def plan(
     if config.model.device == "auto" and needed.device == "cpu":
         console.print("there is no GPU here; model.device=cuda plans for one", soft_wrap=True)
     console.print(_sizes(work, needed), soft_wrap=True)
+    console.print(_disk(config, needed), soft_wrap=True)
     console.print(_batches(config, batches, room), soft_wrap=True)
     advice = None
     if limit is not None:
@@ -264,6 +265,19 @@ def _sizes(work: Work, needed: Estimate) -> str:
         f"{work.updates:,} optimizer step{'s' * (work.updates > 1)}\n"
         f"peak {_shown(needed.peak)} in {needed.fullest.name}"
     )
+
+
+def _disk(config: Config, needed: Estimate) -> str:
+    from treegrpo.memory import most_prompts
+
+    each, limit = needed.disk["embeddings"], config.model.embedding_cache_gib
+    text = (
+        f"disk: embeddings {_shown(each)} at most ({most_prompts(config):,} prompts), "
+        f"checkpoints {_shown(needed.disk['states'])}, model {_shown(needed.disk['model'])}"
+    )
+    if limit is not None and each > limit * 2**30:
+        text += f"; embeddings may be more than model.embedding_cache_gib ({limit:g}) allows"
+    return text
 
 
 def _batches(config: Config, batches: Batches, room: int | None) -> str:

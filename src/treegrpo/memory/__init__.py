@@ -9,7 +9,14 @@ any tensor (the interpreter, the libraries, a CUDA context of about half a GiB).
 
 from treegrpo.memory.advice import Advice, Change, fitting, suggest
 from treegrpo.memory.batches import LEAST, Batches, automatic
-from treegrpo.memory.estimate import PARTS, Estimate, Phase, count_states, estimate
+from treegrpo.memory.estimate import (
+    PARTS,
+    Estimate,
+    Phase,
+    count_states,
+    estimate,
+    most_prompts,
+)
 from treegrpo.memory.skeleton import Measurements, PeakBytes
 
 __all__ = [
@@ -26,5 +33,6 @@ __all__ = [
     "count_states",
     "estimate",
     "fitting",
+    "most_prompts",
     "suggest",
 ]

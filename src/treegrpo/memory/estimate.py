@@ -1,4 +1,4 @@
-"""Memory of an iteration, phase by phase and part by part.
+"""Memory of an iteration, phase by phase and part by part, and what a run takes of the disk.
 
 Sizes that follow from the rollout plan are exact: weights, gradients, optimizer, states, images.
 
@@ -65,6 +65,15 @@ def count_states(plan: RolloutPlan, *, keep_means: bool = False) -> StateCounts:
     return StateCounts(kept, copied, tuple(by_step), nodes)
 
 
+def most_prompts(config: Config) -> int:
+    """Prompts whose embeddings a run keeps, where none comes twice; the negative one counted.
+
+    Held-out ones are counted as far as `evaluation.max_prompts` says how many.
+    """
+    drawn = config.train.iterations * config.rollout.prompts_per_iteration
+    return drawn + (config.evaluation.max_prompts or 0) + 1
+
+
 # --- the estimate ---
 
 Parts = Mapping[str, int]
@@ -99,6 +108,8 @@ class Estimate:
         trained: those of them, or of its adapters, that are trained.
         decoder, encoders: parameters of the decoder and of the text encoders.
         guided: whether a forward takes two rows of the network.
+        disk: bytes of the embeddings of all prompts, at most, of the states to resume from (one of
+            which replaces the other) and of the exported model.
     """
 
     device: str
@@ -108,6 +119,7 @@ class Estimate:
     encoders: int
     guided: bool
     phases: tuple[Phase, ...]
+    disk: Parts
 
     @property
     def fullest(self) -> Phase:
@@ -159,6 +171,7 @@ def estimate(
         sum(p.numel() for encoder in skeleton.encoders.values() for p in encoder.parameters()),
         policy.is_guided,
         run.phases(),
+        run.disk(),
     )
 
 
@@ -189,6 +202,17 @@ class _Run:
         if self.method.needs_reference:
             phases.append(self._reference())
         return (*phases, self._update(), self._optimizer())
+
+    def disk(self) -> Parts:
+        """By part."""
+        config, prompts = self.config, most_prompts(self.config)
+        copies = 3 + (config.train.ema_decay is not None)  # weights, two moments, average
+        others = self._always["decoder"] + self._encoders
+        return {
+            "embeddings": 0 if config.model.embedding_cache is None else self._embeddings(prompts),
+            "states": 2 * copies * self.trained,
+            "model": self.trained + (0 if config.model.lora_rank else others),
+        }
 
     def _phase(
         self, name: str, moments: Iterable[tuple[Parts, Parts]], *, always: bool = True
