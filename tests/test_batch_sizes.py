@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import CommandLine
 from diffusers import AutoencoderKL, SD3Transformer2DModel
 
 from treegrpo.batch_size import BatchSize, OutOfMemoryError
@@ -268,3 +269,16 @@ def test_a_run_that_may_not_fit_is_warned_of(
     monkeypatch.setattr("treegrpo.training.batches.free_memory", lambda device: 10**6)
     (warning,) = build(configure()).warnings
     assert warning.startswith("memory may run out: the update is foreseen to take 0.0 GiB")
+
+
+def test_the_plan_shows_them(tiny_checkpoint: Path, treegrpo: CommandLine) -> None:
+    arguments = ("plan", *SMALL[:-1], f"model.path={tiny_checkpoint}")
+    _, out, _ = treegrpo(*arguments)
+    assert "max_batch 512, decode_batch 512, micro_batch 128 (auto, for " in out
+    _, out, _ = treegrpo(*arguments, "model.device=xpu")  # which is not here
+    assert "max_batch 1, decode_batch 1, micro_batch 1 (auto: the least; " in out
+    limit = int(1.5 * estimate(load_config(None, list(arguments[1:])), LEAST).peak)
+    _, out, _ = treegrpo(*arguments, "rollout.max_batch=5", "--memory", str(limit))
+    assert "batch sizes: max_batch 5, " in out
+    assert "(auto: decode_batch, micro_batch, for " in out
+    assert "\ndisk: embeddings " in out

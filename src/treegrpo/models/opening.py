@@ -116,7 +116,7 @@ def load_weights(
     if train:
         check_trainable(model.path)
     all_trained = train and not model.lora_rank
-    if all_trained and read is None:
+    if all_trained:
         check_full_training(policy.checkpoint.folder)
     read = read or partial(policy.checkpoint.read, device=policy.device)
     policy.network = read(policy.network_name, torch.float32 if all_trained else policy.dtype)

@@ -8,6 +8,7 @@ Left out: loading (`opening.py`), text encoders (`text.py`), LoRA (`adapters.py`
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -415,5 +416,7 @@ class Policy(ABC):
             decoded = self.decode_latents(part.to(self.device))
             if decoded.dim() == 5 and frames is not None:
                 decoded = decoded[:, evenly_spaced(decoded.shape[1], frames)]
-            images.append((decoded.float() / 2 + 0.5).clamp(0, 1))
+            pixels = decoded.float() / 2 + 0.5
+            # An infinite pixel stays no number: clamped, it would pass for black or white.
+            images.append(pixels.clamp(0, 1).masked_fill_(pixels.isinf(), math.nan))
         return torch.cat(images)
