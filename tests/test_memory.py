@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from command_line import CommandLine
+from tiny_checkpoints import edited
 from torch import Tensor
 
 from treegrpo.commands.plan import count_work, parse_memory
 from treegrpo.config import Config, load_config
 from treegrpo.memory import Measurements, PeakBytes, count_states, estimate, suggest
+from treegrpo.models.folder import ModelError
 from treegrpo.plan import RolloutPlan, flow_grpo, mix_grpo, tree_grpo
 from treegrpo.rollout import rollout
 from treegrpo.training.build import build
@@ -31,6 +33,8 @@ SMALL = (
     "rollout.window_size=2",
     "rollout.window_schedule=fixed",
     "rollout.prompts_per_iteration=4",
+    "rollout.max_batch=512",
+    "rollout.decode_batch=512",
     "train.micro_batch=4",
     "rewards=[{name: jpeg_compressibility}]",
 )
@@ -207,6 +211,16 @@ def test_what_nothing_makes_fit_is_said(tiny_checkpoint: Path, measured: Measure
     advice = suggest(configuration(tiny_checkpoint), 1000, measurements=measured)
     assert not advice.fits
     assert advice.changes
+
+
+def test_training_all_of_quantised_weights_is_not_planned(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    # As of a hub's checkpoint, whose configuration is known late.
+    packed = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    folder = edited(tiny_checkpoint, tmp_path / "packed", {"transformer/config.json": packed})
+    with pytest.raises(ModelError, match=r"^model\.lora_rank: got 0, which trains all weights"):
+        Measurements(4).skeleton(configuration(folder).model)
 
 
 def test_peak_bytes_counts_what_is_alive() -> None:
