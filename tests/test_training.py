@@ -38,6 +38,7 @@ from treegrpo.run_folder import (
 from treegrpo.training.build import Run, build
 from treegrpo.training.learner import Learner
 from treegrpo.training.loop import iterate, train
+from treegrpo.training.metrics import SilentRewards
 
 STEPS = 4
 REWARD = "toy_rewards:brightness"
@@ -298,8 +299,8 @@ def test_the_second_control_c_ends_a_run_at_once_and_harms_nothing(
     monkeypatch: pytest.MonkeyPatch,
     where: str,
 ) -> None:
-    changes = ("train.iterations=3", "train.updates_per_iteration=2", "train.save_every=1")
-    expected = weights_of(iterated(configure(*changes), 3)[0])
+    changes = ("train.iterations=4", "train.updates_per_iteration=2", "train.save_every=2")
+    expected = weights_of(iterated(configure(*changes), 4)[0])
     config = configure(*changes)
     Path("run.yaml").write_text(to_yaml(config), encoding="utf-8")
     calls: list[str] = []
@@ -317,19 +318,19 @@ def test_the_second_control_c_ends_a_run_at_once_and_harms_nothing(
         return called
 
     with monkeypatch.context() as patch:
-        if where == "sampling":  # of the evaluation and each iteration, here the second
-            brightness = pressing("reward", 3, 2, toy_rewards.brightness)
+        # The evaluation asks the reward, and then each iteration does.
+        if where == "sampling":  # of the fourth
+            brightness = pressing("reward", 5, 2, toy_rewards.brightness)
             patch.setattr(toy_rewards, "brightness", brightness)
-        elif where == "saving":  # after the second iteration, in which the first press was
-            patch.setattr(
-                toy_rewards, "brightness", pressing("reward", 3, 1, toy_rewards.brightness)
-            )
-            patch.setattr(torch, "save", pressing("save", 2, 2, torch.save))
-        else:  # between the second iteration's two steps
-            patch.setattr(Learner, "_step", pressing("step", 3, 2, Learner._step))
+        elif where == "saving":  # after the first one, in which the first press was
+            brightness = pressing("reward", 2, 1, toy_rewards.brightness)
+            patch.setattr(toy_rewards, "brightness", brightness)
+            patch.setattr(torch, "save", pressing("save", 1, 2, torch.save))
+        else:  # between the fourth one's two steps: the weights are those of no iteration
+            patch.setattr(Learner, "_step", pressing("step", 7, 2, Learner._step))
         code, out, err = treegrpo("train", "run.yaml")
     assert (code, err) == (130, "")
-    done = 2 if where == "saving" else 1
+    done = {"sampling": 3, "saving": 1, "updating": 2}[where]
     assert f"stopped at once; the state after {done} iterations is saved: continue with" in out
     assert ("stopping once this is written" in out) == (where == "saving")
     assert not list(config.output.glob("*.partial"))
@@ -383,6 +384,9 @@ def test_a_reward_without_signal_is_spoken_of(
         "the same (0.2500): nothing can be learned from it."
     )
     assert "rollout.noise_level" in warning
+    silent = SilentRewards(["x"])
+    one_group = torch.tensor([[0.0, 0.0], [0.0, 1.0]])
+    assert not any(silent.warnings({"x": one_group}) for _ in range(9))
     train(configure(f"rewards={both.replace('WEIGHT', '1')}", "train.iterations=3"))
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: ")]
     assert len(told) == 2

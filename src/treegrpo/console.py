@@ -89,6 +89,10 @@ class Display:
         self._work.update(self._phase, description=" ".join(filter(None, words)))
         return Group(self._progress, self._work)
 
+    def resume(self, iteration: int) -> None:
+        """Begin after so many iterations."""
+        self._progress.update(self._run, completed=iteration)
+
     def phase(self, name: str, detail: str = "") -> None:
         """Show what the run does from now on."""
         if name not in self._told and not self._live:

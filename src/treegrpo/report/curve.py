@@ -151,10 +151,8 @@ def _draw_main(axes: Axes, metrics: Records, evaluations: Records, key: str, tit
         errors = dict(zip(*_series(evaluations, f"{key}_standard_error"), strict=True))
         error = np.array([errors.get(place, 0.0) for place in x])
         axes.fill_between(x, y - error, y + error, color=style.GOOD, alpha=0.15, linewidth=0)
-        ends = [
-            f"{end:.0%}" if percent else number(end, errors.get(place))
-            for place, end in ((x[0], y[0]), (x[-1], y[-1]))
-        ]
+        digits = min(filter(None, (error[0], error[-1])), default=None)
+        ends = [f"{end:.0%}" if percent else number(end, digits) for end in (y[0], y[-1])]
         text = " → ".join(ends[: len(x)])
         axes.set_title(text, loc="right", color=style.GOOD, fontsize=11, weight="bold", pad=6)
     if percent:
@@ -219,7 +217,8 @@ def _draw_health(axes: Axes, metrics: Records, panel: str) -> None:
     if panel == "ratio":
         axes.set_ylim(-top, top)
     else:
-        axes.set_ylim(0, min(top, 1.15 * _LARGEST * float(np.median(values)) or top))
+        top = min(top, 1.15 * _LARGEST * float(np.median(values)) or top)
+        axes.set_ylim(-0.03 * top, top)  # a line at 0 shows
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 4))
     axes.yaxis.get_offset_text().set(size=8, color=style.MUTED, x=1, ha="right")
     axes.yaxis.set_major_locator(MaxNLocator(3))

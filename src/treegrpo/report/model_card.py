@@ -139,8 +139,8 @@ def _in_words(config: Config, result: TrainingResult) -> str:
         found = result.figures[reward.key]
         change, error = found.difference or 0.0, found.difference_standard_error
         verb = "rose" if change > 0 else "fell"
-        if error is None or abs(change) < 2 * error:
-            verb = "did not change by more than chance would"
+        if abs(change) <= 2 * (error or 0.0):
+            verb = "did not change by more than chance would" if change else "did not change"
         before = with_error(found.base_mean or 0.0, found.base_standard_error)
         after = with_error(found.mean, found.standard_error)
         lines.append(

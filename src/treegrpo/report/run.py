@@ -124,11 +124,9 @@ def _headline(config: Config, result: TrainingResult) -> Headline:
         return Headline(where, *(f"{share:.0%} right" for share in shares))
     main = config.trained_rewards[0].key
     found = result.figures[main]
-    return Headline(
-        f"mean {main} of {where}",
-        number(found.base_mean or 0.0, found.base_standard_error),
-        number(found.mean, found.standard_error),
-    )
+    digits = min(filter(None, (found.base_standard_error, found.standard_error)), default=None)
+    means = (number(mean, digits) for mean in (found.base_mean or 0.0, found.mean))
+    return Headline(f"mean {main} of {where}", *means)
 
 
 def show_result(result: TrainingResult, display: Display) -> None:

@@ -44,6 +44,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     with Display(config.train.iterations, enabled=is_first) as display:
         run = build(config, resume=resume, phase=display.phase)
         engine, progress = run.engine, run.progress
+        display.resume(progress.iteration)
         if engine.is_main:
             check_space(config.output, run.bytes_on_disk())
             prepare_folder(
