@@ -331,12 +331,24 @@ def test_the_second_control_c_ends_a_run_at_once_and_harms_nothing(
         code, out, err = treegrpo("train", "run.yaml")
     assert (code, err) == (130, "")
     done = {"sampling": 3, "saving": 1, "updating": 2}[where]
-    assert f"stopped at once; the state after {done} iterations is saved: continue with" in out
+    iterations = "1 iteration" if done == 1 else f"{done} iterations"
+    assert f"stopped at once; the state after {iterations} is saved: continue with" in out
     assert ("stopping once this is written" in out) == (where == "saving")
     assert not list(config.output.glob("*.partial"))
     assert checkpoint.load_state(config.output)["iteration"] == done
     train(config, resume=True)
     assert equal(checkpoint.load_state(config.output)["parameters"], expected)
+
+
+def test_control_c_while_a_run_is_prepared_ends_it(
+    configure: Callable[..., Config], treegrpo: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("run.yaml").write_text(to_yaml(configure()), encoding="utf-8")
+    monkeypatch.setattr(
+        "treegrpo.training.build.load_weights", lambda *_, **settings: press_control_c()
+    )
+    code, _, err = treegrpo("train", "run.yaml")
+    assert (code, err) == (130, "")
 
 
 def test_an_interrupted_write_leaves_the_earlier_state(

@@ -37,6 +37,11 @@ def number(value: float, error: float | None = None, sign: str = "-") -> str:
     return f"{value:{sign}.{max(5 - before_point, 0)}f}"
 
 
+def counted(count: int, noun: str) -> str:
+    """As in "1 prompt" and "2 prompts"."""
+    return f"{count} {noun}{'s' * (count != 1)}"
+
+
 def with_error(value: float, error: float | None, sign: str = "-") -> str:
     """A mean and its standard error, if it has one."""
     return number(value, error, sign) + (f" ± {number(error, error)}" if error else "")

@@ -21,7 +21,7 @@ from treegrpo.config import Config
 from treegrpo.evaluation.results import Figures
 from treegrpo.methods import find_method
 from treegrpo.models.policy import Policy
-from treegrpo.readable import duration, with_error
+from treegrpo.readable import counted, duration, with_error
 from treegrpo.report.run import TrainingResult
 from treegrpo.run_folder import FREE_OPTIONS, PICTURE_FILES
 
@@ -54,7 +54,7 @@ def write_model_card(folder: Path, config: Config, policy: Policy, result: Train
 | | |
 |---|---|
 | base model | `{base}` ({policy.pipeline_name}) |
-| method | {paper}, {result.iterations} iterations |
+| method | {paper}, {counted(result.iterations, "iteration")} |
 | trained | {kind} |
 | rewards | {rewards} |
 | prompts | `{_public(config.prompts.train)}` |
@@ -62,8 +62,8 @@ def write_model_card(folder: Path, config: Config, policy: Policy, result: Train
 {result.update_forwards:,} to update |
 | made with | treegrpo {__version__} |
 
-Means on {result.held_out} held-out prompts, sampled deterministically from the same noises, ± \
-standard error over prompts:
+Means on {counted(result.held_out, "held-out prompt")}, sampled deterministically from the same \
+noises, ± standard error over prompts:
 
 | reward | before | after | change |
 |---|---|---|---|
@@ -126,15 +126,12 @@ def _licence(config: Config, policy: Policy) -> dict[str, Any]:
 
 def _in_words(config: Config, result: TrainingResult) -> str:
     """What came of the rewards that were trained on."""
-    lines = [
-        f"On {result.held_out} prompts that it was not trained on"
-        + (
-            f", after {result.iterations} iterations (training was interrupted):"
-            if result.interrupted
-            else f", after {result.iterations} iterations:"
-        ),
-        "",
-    ]
+    prompts, iterations = (
+        counted(result.held_out, "held-out prompt"),
+        counted(result.iterations, "iteration"),
+    )
+    end = " (training was interrupted)" if result.interrupted else ""
+    lines = [f"On {prompts}, after {iterations}{end}:", ""]
     for reward in config.trained_rewards:
         found = result.figures[reward.key]
         change, error = found.difference or 0.0, found.difference_standard_error

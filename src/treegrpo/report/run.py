@@ -16,7 +16,7 @@ from torch import Tensor
 from treegrpo.config import Config
 from treegrpo.console import Display
 from treegrpo.evaluation.results import Evaluation, Figures, compare
-from treegrpo.readable import duration, number, with_error
+from treegrpo.readable import counted, duration, number, with_error
 from treegrpo.report.curve import training_curve
 from treegrpo.report.pictures import Headline, before_after
 from treegrpo.run_folder import (
@@ -118,7 +118,7 @@ def write_report(
 
 
 def _headline(config: Config, result: TrainingResult) -> Headline:
-    where = f"{result.held_out} held-out prompts" if result.held_out > 1 else "a held-out prompt"
+    where = counted(result.held_out, "held-out prompt")
     if config.accuracy is not None:
         shares = (of[config.accuracy] for of in (result.before, result.after))
         return Headline(where, *(f"{share:.0%} right" for share in shares))
@@ -134,7 +134,7 @@ def show_result(result: TrainingResult, display: Display) -> None:
     folder, (picture, curve) = result.folder, PICTURE_FILES
     display.table(
         "interrupted; what was trained is saved" if result.interrupted else "done",
-        [f"{result.held_out} held-out prompts", "before", "after", "change"],
+        [counted(result.held_out, "held-out prompt"), "before", "after", "change"],
         [
             [
                 name,

@@ -29,6 +29,7 @@ from treegrpo.models.folder import check_trainable
 from treegrpo.models.opening import load_weights, open_policy
 from treegrpo.models.policy import Policy
 from treegrpo.prompts import Prompt, PromptSampler, load_train_and_held_out, overlap
+from treegrpo.readable import counted
 from treegrpo.rewards import Reward, check_prompts, load_reward
 from treegrpo.run_folder import (
     EVALUATIONS_FILE,
@@ -103,9 +104,9 @@ class Run:
         share = self.engine.consecutive_share(len(self.held_out))
 
         def progress(done: int) -> None:
-            self.phase("evaluation", f"{done}/{len(share)} prompts")
+            self.phase("evaluation", f"{done}/{counted(len(share), 'prompt')}")
 
-        self.phase("evaluation", f"of {len(share)} prompts")
+        self.phase("evaluation", f"of {counted(len(share), 'prompt')}")
         with self.naming_stage(), self.learner.averaged(), self.engine.failing_together():
             own = evaluate(
                 self.policy,
@@ -175,8 +176,8 @@ class Run:
         if self._saved_at is None:
             return "nothing was saved"
         return (
-            f"the state after {self._saved_at} iterations is saved: continue with the same command "
-            "and --resume"
+            f"the state after {counted(self._saved_at, 'iteration')} is saved: continue with the "
+            "same command and --resume"
         )
 
     def prove(self) -> None:

@@ -6,6 +6,7 @@ Left out: sampling and scoring them (`evaluation/measure.py`).
 from __future__ import annotations
 
 from treegrpo.console import Display
+from treegrpo.readable import counted
 from treegrpo.report.run import describe
 from treegrpo.tracking import Tracker
 from treegrpo.training.build import Run
@@ -29,7 +30,7 @@ class HeldOut:
         self.iteration = 0
         run.reward_metrics = RewardMetrics(run.config, self.before)
         display.say(
-            f"{len(self.before.prompts)} held-out prompts: ± standard error, "
+            f"{counted(len(self.before.prompts), 'held-out prompt')}: ± standard error, "
             "(change since before training)"
         )
         self._tell()
