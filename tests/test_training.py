@@ -91,9 +91,6 @@ METRICS = {
 TIMES = {name: 0.0 for name in METRICS if name.startswith("seconds")}
 TESTS = Path(__file__).parent  # where toy_rewards is
 PHASES = [
-    "loading rewards",
-    "opening the checkpoint",
-    "checking files",
     "encoding prompts",
     "reading weights",
     "evaluation of 2 prompts",

@@ -28,6 +28,10 @@ def plain_console() -> Console:
     return Console(markup=False, highlight=False, width=wide)
 
 
+# These may end in a refusal, which is a line alone; only a terminal shows them.
+_REFUSING = {"loading rewards", "opening the checkpoint", "checking files"}
+
+
 class Phase(Protocol):
     """Something to be told of."""
 
@@ -95,7 +99,7 @@ class Display:
 
     def phase(self, name: str, detail: str = "") -> None:
         """Show what the run does from now on."""
-        if name not in self._told and not self._live:
+        if name not in self._told | _REFUSING and not self._live:
             self.note(f"{name} {detail}".rstrip())
         self._told.add(name)
         if name != self._name:

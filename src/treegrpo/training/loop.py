@@ -117,8 +117,9 @@ def _repeat(run: Run, held_out: HeldOut, tracker: Tracker, display: Display, sto
     limit = (config.train.time_limit_minutes or math.inf) * 60
     while True:
         interrupted, late = run.engine.anywhere(stop.requested, progress.seconds >= limit)
-        if progress.iteration >= config.train.iterations or interrupted or late:
-            return interrupted
+        done = progress.iteration >= config.train.iterations
+        if done or interrupted or late:
+            return interrupted and not done
         record = iterate(run)
         run.prove()
         tracker.metrics(record)
