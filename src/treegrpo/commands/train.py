@@ -18,6 +18,9 @@ from treegrpo.prompts import load_train_and_held_out
 from treegrpo.run_folder import check_run_folder
 from treegrpo.tracking import check_trackers
 
+# As shells have it for what Ctrl-C ended.
+INTERRUPTED = 130
+
 
 def train(
     arguments: ConfigArguments = None,
@@ -31,7 +34,12 @@ def train(
         bool, typer.Option("--overwrite", help="Replace the run in the output folder.")
     ] = False,
 ) -> None:
-    """Train a model."""
+    """Train a model.
+
+    The first Ctrl-C ends the run after its iteration, with what was trained evaluated and saved;
+    the second one ends it at once. Either way the exit code is 130, and --resume continues.
+    A setting, file or reward that cannot be used gives 2.
+    """
     config = read_config(arguments)
     if print_config:
         print(to_yaml(config), end="")
@@ -40,7 +48,12 @@ def train(
 
     from treegrpo.training import loop
 
-    loop.train(config, resume=resume, overwrite=overwrite)
+    try:
+        interrupted = loop.train(config, resume=resume, overwrite=overwrite).interrupted
+    except KeyboardInterrupt:
+        interrupted = True
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _check(config: Config, *, resume: bool, overwrite: bool) -> None:
