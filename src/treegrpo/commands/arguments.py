@@ -13,10 +13,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from treegrpo.config import Config, ModelConfig, load_config
-from treegrpo.errors import UserError
-from treegrpo.models.folder import check_checkpoint
+from treegrpo.config import Config, ConfigError, ModelConfig, load_config
+from treegrpo.errors import Problems, UserError
+from treegrpo.models.folder import check_checkpoint, check_hub
 from treegrpo.rewards import check_reward
+from treegrpo.run_folder import CONFIG_FILE
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _OVERRIDE = re.compile(r"[\w.-]+=", re.ASCII)
@@ -24,8 +25,9 @@ _OVERRIDE = re.compile(r"[\w.-]+=", re.ASCII)
 ConfigArguments = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="CONFIG.yaml | key.path=value",
-        help="A configuration file and changes to it; without any, the miniature job.",
+        metavar="CONFIG.yaml | RUN | key.path=value",
+        help="A configuration file, or a run's folder, and changes to it; without any, the "
+        "miniature job.",
         show_default=False,
     ),
 ]
@@ -47,11 +49,17 @@ GuidanceScale = Annotated[
 DType = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the models compute in.")]
 
 
-def read_config(arguments: list[str] | None) -> Config:
-    """The configuration of a file and changes to it, in any order.
+def read_config(arguments: list[str] | None, problems: Problems) -> tuple[Config, frozenset[str]]:
+    """The configuration of a file, or of a run's folder, and changes to it, in any order.
+
+    Args:
+        problems: takes what is wrong with keys; these have their defaults then.
+
+    Returns:
+        It, and the sections of which keys are wrong.
 
     Raises:
-        UserError: there are two files, or as `load_config`.
+        UserError: there are two files, or one cannot be read.
     """
     given = arguments or []
     overrides = [argument for argument in given if _OVERRIDE.match(argument)]
@@ -61,7 +69,19 @@ def read_config(arguments: list[str] | None) -> Config:
             f"got {len(paths)} configuration files ({', '.join(paths)}); must be at most one "
             "(a change to it is written key.path=value)"
         )
-    return load_config(Path(paths[0]) if paths else None, overrides)
+    path = Path(paths[0]).expanduser() if paths else None
+    if path is not None and (path / CONFIG_FILE).is_file():
+        # The run may have been moved.
+        overrides = [f"output={path}", *overrides]
+        path = path / CONFIG_FILE
+    try:
+        return load_config(path, overrides), frozenset()
+    except ConfigError as error:
+        if error.rest is None:
+            raise
+        with problems.collecting():
+            raise
+        return error.rest, error.faulty
 
 
 def model_section(path: str, dtype: DType, guidance_scale: float | None) -> ModelConfig:
@@ -98,6 +118,7 @@ def check_model(model: str, field: str, *, weights: bool = True) -> None:
             f'{field}: no folder {model}; must be "miniature", a diffusers folder, or a hub name '
             "such as owner/name"
         )
+    check_hub(model, field)
 
 
 def check_reward_of(field: str, name: str, options: dict[str, Any] | None = None) -> None:

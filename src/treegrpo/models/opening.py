@@ -20,19 +20,19 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from treegrpo.config import ModelConfig
-from treegrpo.errors import reason
 from treegrpo.models.adapters import add_lora, check_lora, check_lora_targets, load_lora
 from treegrpo.models.components import Components
 from treegrpo.models.folder import (
     FAMILIES,
-    INDEX_FILE,
     LORA_FILE,
     SAMPLING_FILE,
     ModelError,
     check_checkpoint,
     check_family,
     check_full_training,
+    check_hub,
     check_trainable,
+    download,
     read_json,
     resolve,
 )
@@ -161,22 +161,9 @@ def _local_folder(source: str, weights: bool) -> Path:
     if Path(source).is_dir():
         return Path(source)
     from diffusers import DiffusionPipeline
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    # Before a hub's hundred gigabytes are downloaded.
-    check_family(source, read_json(Path(_download(source, hf_hub_download, INDEX_FILE))))
+    check_hub(source)  # before its hundred gigabytes are downloaded
     if weights:
-        return Path(_download(source, DiffusionPipeline.download))
-    return Path(_download(source, snapshot_download, allow_patterns=_CONFIG_FILES))
-
-
-def _download(source: str, download: Callable[..., str], *arguments: Any, **settings: Any) -> str:
-    try:
-        return download(source, *arguments, **settings)
-    except Exception as error:  # the hub's client, its transports and the disk have many
-        raise ModelError(
-            f"model.path: {source!r} is no local folder and cannot be downloaded from the hub "
-            f"({reason(error)}); fetch it where there is a connection with `hf download {source} "
-            "--local-dir FOLDER` (after `hf auth login` where the model asks for consent) and name "
-            "that folder"
-        ) from error
+        return Path(download(source, DiffusionPipeline.download))
+    return Path(download(source, snapshot_download, allow_patterns=_CONFIG_FILES))

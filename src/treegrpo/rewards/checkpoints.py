@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treegrpo import hub
 from treegrpo.errors import UserError, reason
 
 if TYPE_CHECKING:
@@ -91,13 +92,13 @@ def find_checkpoint(
                 f"option {option}: {path!r} does not exist; leave it out for the hub's "
                 f"{repository}, or {advice}"
             )
-    source = path or repository
+    source, problem = path or repository, hub.why_not_there()
     try:
         return Path(snapshot_download(source, allow_patterns=files))
     except Exception as error:  # the hub's client, its transports and the disk have many
         raise UserError(
             f"option {option}: {source!r} {'is no local folder and ' if path else ''}cannot be "
-            f"downloaded from the hub ({reason(error)}); {advice}"
+            f"downloaded from the hub ({problem or reason(error)}); {advice}"
         ) from error
 
 

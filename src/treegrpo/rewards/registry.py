@@ -14,7 +14,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from treegrpo.errors import UserError
+from treegrpo.errors import UserError, own_traceback
 from treegrpo.naming import import_attribute
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class Reward(Protocol):
     - `check(prompts, metadata)`, called before a run with all its prompts; raises UserError for a
       prompt that the reward cannot score;
     - `concurrent = True`: it may be called from a thread while the next images are being made;
+    - `state_dict()` and `load_state_dict(state)`: what it remembers from call to call, which goes
+      into a run's checkpoint and comes back when the run is resumed;
     - `close()`: called when a run fails, so that calls under way in threads end soon.
     """
 
@@ -85,15 +87,26 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     except Exception as error:
         raise UserError(
             f"reward {name!r}: cannot be made with the options {options}: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}{own_traceback(error)}"
         ) from error
 
 
 def check_reward(name: str, options: Mapping[str, Any] | None = None) -> None:
-    """Refuse what `load_reward` would, as far as that can be said without loading a model."""
+    """Refuse what `load_reward` would, as far as that can be said without loading a model.
+
+    A server must answer, soon (`reach` of the classes that ask one).
+    """
     if name in BUILT_IN and not options:
         return  # These exist, and importing them takes seconds.
-    _find(name, options)
+    target, _ = _find(name, options)
+    if hasattr(target, "reach") and target.__module__.startswith("treegrpo."):
+        reward: Any = load_reward(name, options)
+        try:
+            reward.reach()
+        except UserError as error:
+            raise UserError(f"reward {name!r}: {error}") from error
+        finally:
+            reward.close()
 
 
 def _find(name: str, options: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:

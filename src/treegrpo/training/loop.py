@@ -121,6 +121,7 @@ def iterate(run: Run) -> dict[str, float]:
     except BaseException:
         # The iteration did not happen: a resumed run draws these prompts again.
         run.sampler.load_state_dict(drawn_before)
+        run.take_reward_states()
         raise
     times = watch.record()
     record = {  # keep
@@ -132,6 +133,7 @@ def iterate(run: Run) -> dict[str, float]:
         "rollout_forwards": batch.forest.forwards * run.engine.processes,
         **times,
     }
+    run.keep_reward_states()
     progress.iteration += 1
     progress.seconds += times["seconds"]
     progress.rollout_forwards += int(record["rollout_forwards"])
