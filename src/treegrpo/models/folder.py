@@ -331,6 +331,17 @@ def _check_tokenizer(folder: Path, field: str, must_be: bool) -> None:
             )
 
 
+def tensor_names(file: Path) -> list[str]:
+    """Of a safetensors file; none where it is damaged."""
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(length)) if length < file.stat().st_size else {}
+    except (OSError, ValueError, struct.error):
+        return []
+    return [name for name in header if name != "__metadata__"]
+
+
 def _check_weights(path: Path, field: str, plain: bool = True) -> None:
     """Refuse a damaged file: safetensors' header says its length, torch's is a zip or a pickle.
 

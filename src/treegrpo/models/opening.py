@@ -54,7 +54,12 @@ _CONFIG_FILES = ["model_index.json", "*/config.json", "scheduler/scheduler_confi
 
 
 def open_policy(
-    model: ModelConfig, *, device: torch.device, steps: int | None = None, weights: bool = True
+    model: ModelConfig,
+    *,
+    device: torch.device,
+    steps: int | None = None,
+    weights: bool = True,
+    base_model: str | None = None,
 ) -> Policy:
     """A policy whose checkpoint and settings are checked: all but its network and decoder.
 
@@ -63,6 +68,7 @@ def open_policy(
         steps: of the schedule; None: the checkpoint's own.
         weights: whether they must be there; otherwise a hub's checkpoint is not downloaded but for
             its configurations.
+        base_model: what a folder of LoRA weights belongs to; None: what it says itself.
 
     Raises:
         ModelError: the folder is missing or incomplete, its pipeline class is not supported, or a
@@ -74,8 +80,12 @@ def open_policy(
     folder = Path(resolve(model.path))
     stored = _stored_sampling(folder / SAMPLING_FILE)
     lora_folder = folder if (folder / LORA_FILE).is_file() else None
-    base = resolve(stored.get("base_model") or model.path) if lora_folder else str(folder)
+    base = str(folder)
+    if lora_folder is not None:
+        base = resolve(base_model or stored.get("base_model") or model.path)
     source = _local_folder(base, weights)
+    if lora_folder is not None and not (lora_folder / SAMPLING_FILE).is_file():
+        stored = _stored_sampling(source / SAMPLING_FILE)
     check_checkpoint(source, weights=weights)
     checkpoint = Components.of(source, lora_folder)
     module, _, name = FAMILIES[check_family(str(source), checkpoint.index)].partition(":")

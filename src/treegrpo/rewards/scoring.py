@@ -53,7 +53,11 @@ TRIAL_PICTURES = 2  # with one, a reward that drops the dimension of the batch w
 
 
 def try_reward(
-    name: str, reward: Reward, prompt: Prompt, size: tuple[int, int], device: torch.device | str
+    name: str,
+    reward: Reward,
+    prompt: Prompt,
+    size: tuple[int, int] | None,
+    device: torch.device | str,
 ) -> None:
     """Ask a reward about gray pictures, so that a fault in it shows before any are drawn.
 
@@ -61,7 +65,7 @@ def try_reward(
 
     Args:
         prompt: that they are said to be of.
-        size: height and width of the pictures.
+        size: height and width of the pictures; None: any.
         device: where they are.
 
     Raises:
@@ -69,7 +73,7 @@ def try_reward(
     """
     import torch
 
-    images = torch.full((TRIAL_PICTURES, 3, *size), 128 / 255, device=device)
+    images = torch.full((TRIAL_PICTURES, 3, *(size or (512, 512))), 127 / 255, device=device)
     metadata = [dict(prompt.metadata) for _ in range(TRIAL_PICTURES)]
     try:
         state = kept_state(name, reward)

@@ -323,7 +323,7 @@ def _prepare(config: Config, engine: Engine, method: Method) -> _Parts:
         schedule = policy.schedule(config.rollout.steps)
         for each in plans:  # refuses a step without a density before any sampling
             method.transitions(schedule, each.plan)
-    size = policy.sampling.size if policy is not None else (512, 512)
+    size = policy.sampling.size if policy is not None else None
     device = "cpu" if config.rollout.offload else engine.device
     for name, made in to_try.items() if train_prompts else ():
         with problems.collecting():
