@@ -14,7 +14,7 @@ import typer
 from treegrpo.commands.arguments import ConfigArguments, check_model, check_reward_of, read_config
 from treegrpo.config import Config, method_of, to_yaml
 from treegrpo.errors import Problems
-from treegrpo.models.folder import check_trainable
+from treegrpo.models.folder import check_trainable, lora_file
 from treegrpo.plan import PlanError
 from treegrpo.prompts import load_train_and_held_out
 from treegrpo.run_folder import check_run_folder
@@ -64,6 +64,9 @@ def _check(
     with problems.collecting():
         check_model(config.model.path, "model.path")
         check_trainable(config.model.path, in_full=not config.model.lora_rank)
+    if config.model.lora_path is not None:
+        with problems.collecting():
+            lora_file(config.model.lora_path)
     for index, reward in enumerate(config.rewards):
         with problems.collecting():
             check_reward_of(f"rewards.{index}.name", reward.name, reward.options)

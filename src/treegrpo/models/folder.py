@@ -137,6 +137,19 @@ def check_checkpoint(folder: Path, field: str = "model.path", *, weights: bool =
             _check_tokenizer(folder / name, field, weights)
 
 
+def lora_file(path: str) -> Path:
+    """The file of `model.lora_path`; ModelError: there is none."""
+    given = Path(path).expanduser()
+    file = given / LORA_FILE if given.is_dir() else given
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise ModelError(
+            f"model.lora_path: got {path}; must be a safetensors file of LoRA weights, or a folder "
+            f"with a {LORA_FILE}"
+        )
+    _check_weights(file, "model.lora_path")
+    return file
+
+
 def check_trainable(path: str, *, in_full: bool = False) -> None:
     """Refuse, with a ModelError, LoRA weights to train, and quantised ones to train in full."""
     folder = Path(resolve(path))

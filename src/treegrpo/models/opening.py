@@ -20,7 +20,14 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from treegrpo.config import ModelConfig
-from treegrpo.models.adapters import add_lora, check_lora, check_lora_targets, load_lora
+from treegrpo.models.adapters import (
+    add_lora,
+    check_lora,
+    check_lora_start,
+    check_lora_targets,
+    load_lora,
+    start_lora,
+)
 from treegrpo.models.components import Components
 from treegrpo.models.folder import (
     FAMILIES,
@@ -99,7 +106,9 @@ def open_policy(
     dtype = getattr(torch, model.dtype)
     policy = family(checkpoint, sampling, device=device, dtype=dtype, cache=cache)
     if lora_folder is not None and weights:
-        check_lora(policy, lora_folder)
+        check_lora(policy, lora_folder / LORA_FILE)
+    if model.lora_path is not None and weights:
+        check_lora_start(policy, model)
     if model.lora_targets:
         check_lora_targets(policy, model.lora_targets)
     if model.attention_backend is not None:
@@ -115,7 +124,8 @@ def load_weights(
     Args:
         model: the section that the policy was opened with.
         train: for training: the weights to train are float32 whatever the network computes in, and
-            with a LoRA rank they are fresh adapters. For sampling, an export's adapters are put on.
+            with a LoRA rank they are adapters, fresh or as given. For sampling, an export's
+            adapters are put on.
         read: gives the components; None: reads them from the checkpoint to the policy's device.
 
     Raises:
@@ -123,19 +133,21 @@ def load_weights(
     """
     if train:
         check_trainable(model.path)
-    all_trained = train and not model.lora_rank
-    if all_trained and read is None:
+    all_trained, is_read = train and not model.lora_rank, read is None
+    if all_trained and is_read:
         check_full_training(policy.checkpoint.folder)
     read = read or partial(policy.checkpoint.read, device=policy.device)
     policy.network = read(policy.network_name, torch.float32 if all_trained else policy.dtype)
     if policy.checkpoint.lora_folder is not None:
-        load_lora(policy, policy.checkpoint.lora_folder)
+        load_lora(policy, policy.checkpoint.lora_folder / LORA_FILE)
     policy.vae = read("vae", policy.dtype).requires_grad_(False).eval()
     # Two-dimensional convolutions run up to twice as fast with the channels last.
     if all(parameter.dim() < 5 for parameter in policy.vae.parameters()):
         policy.vae.to(memory_format=torch.channels_last)
     if train and model.lora_rank:
         add_lora(policy, model)
+        if model.lora_path is not None and is_read:
+            start_lora(policy, model)
     switch_on(policy, model)
     policy.network.eval()  # no dropout: the ratio compares the same function
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from treegrpo import checkpoint
-from treegrpo.config import Config, method_of
+from treegrpo.config import Config, load_config, method_of
 from treegrpo.errors import Problems
 from treegrpo.evaluation.measure import evaluate
 from treegrpo.evaluation.results import Evaluation
@@ -32,6 +32,7 @@ from treegrpo.plan import PlanError
 from treegrpo.prompts import Prompt, PromptSampler, load_train_and_held_out, overlap
 from treegrpo.rewards import Reward, check_prompts, kept_state, load_reward, take_state, try_reward
 from treegrpo.run_folder import (
+    CONFIG_FILE,
     EVALUATIONS_FILE,
     FAILED_REWARD_FOLDER,
     METRICS_FILE,
@@ -44,7 +45,7 @@ from treegrpo.run_folder import (
 from treegrpo.training.collector import Collector
 from treegrpo.training.dependencies import dependencies
 from treegrpo.training.engine import Engine
-from treegrpo.training.learner import Learner
+from treegrpo.training.learner import Learner, learning_rate
 from treegrpo.training.metrics import RewardMetrics
 
 PICTURED_PROMPTS = 8
@@ -113,7 +114,7 @@ class Run:
                 self.rewards,
                 Draws(
                     settings.images_per_prompt,
-                    rollout.steps,
+                    config.evaluation_steps,
                     settings.seed,
                     rollout.max_batch,
                     rollout.decode_batch,
@@ -246,7 +247,10 @@ def build(config: Config, *, resume: bool = False) -> Run:
     policy, rewards, held_out = parts.policy, parts.rewards, parts.held_out
     sampler = PromptSampler(parts.train_prompts, config.train.seed)
     progress = Progress()
-    saved = _find_place(config, sampler, progress, engine.processes) if resume else None
+    saved, told = None, []
+    if resume:
+        saved = _find_place(config, sampler, progress, engine.processes)
+        told = _other_length(config, progress.iteration)
     digests = dependencies(config, policy.checkpoint) if engine.is_main else {}
     if resume and engine.is_main:
         check_dependencies(config, digests)
@@ -261,7 +265,7 @@ def build(config: Config, *, resume: bool = False) -> Run:
     torch.manual_seed(config.train.seed)  # of adapters
     load_weights(policy, config.model, train=True)
     failed = config.output / FAILED_REWARD_FOLDER
-    warnings = [*engine.warnings, *_shared_prompts(parts.train_prompts, parts.all_held_out)]
+    warnings = [*engine.warnings, *told, *_shared_prompts(parts.train_prompts, parts.all_held_out)]
     run = Run(
         config,
         engine,
@@ -319,7 +323,8 @@ def _prepare(config: Config, engine: Engine, method: Method) -> _Parts:
         config.check_shares(engine.processes)
     with problems.collecting(PlanError):
         check_trainable(config.model.path, in_full=not config.model.lora_rank)
-        policy = open_policy(config.model, device=engine.device, steps=config.rollout.steps)
+        policy = open_policy(config.model, device=engine.device, steps=config.evaluation_steps)
+        policy.schedule(config.evaluation_steps)
         schedule = policy.schedule(config.rollout.steps)
         for each in plans:  # refuses a step without a density before any sampling
             method.transitions(schedule, each.plan)
@@ -358,6 +363,22 @@ def _find_place(
             f"processes; must be resumed with as many, not {processes}"
         )
     return state
+
+
+def _other_length(config: Config, done: int) -> list[str]:
+    """What another number of iterations than the run had does to its learning rate."""
+    now = config.train
+    before = load_config(config.output / CONFIG_FILE, []).train
+    if before.iterations == now.iterations:
+        return []
+    told = f"train.iterations was {before.iterations}, now {now.iterations}: the learning rate"
+    if now.learning_rate_schedule == "linear":
+        told += f" falls linearly to zero at iteration {now.iterations} from now on, and"
+    if done < now.iterations:
+        told += f" goes on at {learning_rate(now, done):.3g}"
+    if done:
+        told += f" (in the last iteration it was {learning_rate(before, done - 1):.3g})"
+    return [told]
 
 
 def _shared_prompts(train: Sequence[Prompt], held_out: Sequence[Prompt]) -> list[str]:

@@ -12,14 +12,15 @@ from typing import Any
 from treegrpo.config import Config
 from treegrpo.models.components import Components
 from treegrpo.models.digests import file_digest, folder_digest
-from treegrpo.models.folder import SAMPLING_FILE, components
+from treegrpo.models.folder import SAMPLING_FILE, components, lora_file
 from treegrpo.models.text import cache_folder
 
 
 def dependencies(config: Config, checkpoint: Components) -> dict[str, str]:
     """Digests of whole files, by the key that names them and what of it they are.
 
-    Those of the checkpoint's components, and of local files and folders that rewards' options name.
+    Those of the checkpoint's components, of LoRA weights to start from, and of local files and
+    folders that rewards' options name.
     """
     cache = config.model.embedding_cache
     manifest = None if cache is None else cache_folder(cache) / "digests.json"
@@ -27,6 +28,8 @@ def dependencies(config: Config, checkpoint: Components) -> dict[str, str]:
         f"model.path, {name}": checkpoint.folder / name
         for name in (*components(checkpoint.index), SAMPLING_FILE)
     }
+    if config.model.lora_path is not None:
+        paths["model.lora_path"] = lora_file(config.model.lora_path)
     for number, reward in enumerate(config.rewards):
         paths |= dict(_named(f"rewards.{number}.options", reward.options))
     return {
