@@ -19,7 +19,10 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
 from treegrpo import checkpoint
+from treegrpo.config import load_config
 from treegrpo.run_folder import read_lines
+from treegrpo.training.build import build
+from treegrpo.training.loop import iterate
 
 REWARD = "toy_rewards:brightness"
 TIMES = re.compile("seconds")
@@ -312,6 +315,23 @@ def test_a_failed_iteration_is_forgotten_by_rewards(
     sys.modules[remembering].Fails.fails = False
     assert treegrpo("train", "broken", "--resume")[0] == 0
     assert records("broken") == records("unbroken")
+
+
+def test_a_repeated_iteration_finds_rewards_as_they_were(
+    tiny_checkpoint: Path, remembering: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = settings(tiny_checkpoint, reward=f"{remembering}:Novelty")
+    unbroken, run = (build(load_config(None, own)) for _ in range(2))
+    expected = iterate(unbroken)
+    with monkeypatch.context() as patch:
+        patch.setattr(run.learner, "update", None)  # after the rewards were asked
+        with pytest.raises(TypeError):
+            iterate(run)
+    found = iterate(run)
+    for record in (found, expected):
+        for name in [name for name in record if TIMES.match(name)]:
+            del record[name]
+    assert found == expected
 
 
 def test_what_cannot_be_kept_is_refused_before_the_model_is_read(
