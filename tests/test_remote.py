@@ -288,7 +288,7 @@ def test_a_server_that_never_answered_is_not_waited_for_long(
             other.listen()
         remote = Remote(f"http://127.0.0.1:{other.getsockname()[1]}")
         begin = time.monotonic()
-        with pytest.raises(UserError, match="did not answer for [01] s"):
+        with pytest.raises(UserError, match=r"did not answer for [01] s"):
             remote.reach()
     assert time.monotonic() - begin < 5
 
