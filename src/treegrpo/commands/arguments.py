@@ -26,7 +26,7 @@ from treegrpo.models.folder import (
     read_json,
     tensor_names,
 )
-from treegrpo.rewards import check_reward
+from treegrpo.rewards import check_reward, reach_reward
 from treegrpo.run_folder import CONFIG_FILE, MODEL_FOLDER
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -243,13 +243,14 @@ def _advice(file: Path) -> str:
 
 
 def check_reward_of(field: str, name: str, options: dict[str, Any] | None = None) -> None:
-    """`check_reward`, its message led by what the reward was given as.
+    """`check_reward` and `reach_reward`, their messages led by what the reward was given as.
 
     Raises:
         UserError: names the field and the reward.
     """
     try:
         check_reward(name, options)
+        reach_reward(name, options)
     except UserError as error:
         raise UserError(f"{field}: {error}") from error
 

@@ -3,7 +3,7 @@
 Left out: the rewards themselves, each a file of this folder that is imported once it is asked for.
 """
 
-from treegrpo.rewards.registry import BUILT_IN, Reward, check_reward, load_reward
+from treegrpo.rewards.registry import BUILT_IN, Reward, check_reward, load_reward, reach_reward
 from treegrpo.rewards.scoring import RewardError, check_prompts, closing, score, try_reward
 from treegrpo.rewards.state import kept_state, take_state
 
@@ -16,6 +16,7 @@ __all__ = [
     "closing",
     "kept_state",
     "load_reward",
+    "reach_reward",
     "score",
     "take_state",
     "try_reward",

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = ("float32", "bfloat16")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def find_checkpoint(
         local = Path(path).expanduser()
         if local.exists():
             return local if local.is_dir() else local.parent
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+        if not _HUB_NAME.fullmatch(path):
             raise UserError(
                 f"option {option}: {path!r} does not exist; leave it out for the hub's "
                 f"{repository}, or {advice}"
@@ -100,6 +101,18 @@ def find_checkpoint(
             f"option {option}: {source!r} {'is no local folder and ' if path else ''}cannot be "
             f"downloaded from the hub ({problem or reason(error)}); {advice}"
         ) from error
+
+
+def check_nearby(path: Any, repository: str, files: list[str], option: str) -> None:
+    """Refuse what `find_checkpoint` would, downloading nothing; a hub that answers may have it.
+
+    Raises:
+        UserError: as `find_checkpoint`.
+    """
+    is_path = path is not None and not (isinstance(path, str) and _HUB_NAME.fullmatch(path))
+    is_here = isinstance(path, str) and Path(path).expanduser().exists()
+    if not is_here and (is_path or hub.why_not_there()):
+        find_checkpoint(path, repository, files, option)
 
 
 def find_file(path: str | None, repository: str, names: list[str]) -> Path:

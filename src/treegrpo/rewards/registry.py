@@ -11,11 +11,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from treegrpo.errors import UserError, own_traceback
 from treegrpo.naming import import_attribute
+from treegrpo.rewards.checkpoints import check_nearby
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,7 +38,10 @@ BUILT_IN = {
     "pickscore": "treegrpo.rewards.pickscore:PickScore",
     "vlm_judge": "treegrpo.rewards.vlm_judge:VLMJudge",
 }
-REMOTE = "treegrpo.rewards.remote:Remote"  # any http:// or https:// address
+REMOTE = "treegrpo.rewards.remote:Remote"  # any of these:
+ADDRESSES = ("http://", "https://")
+# Their modules say which, as CHECKPOINTS: by option, repository and files.
+WITH_CHECKPOINTS = ("aesthetic", "clip_score", "geneval", "hpsv2", "image_reward", "pickscore")
 
 
 Metadata = list[dict[str, Any]] | None
@@ -92,27 +97,36 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
 
 
 def check_reward(name: str, options: Mapping[str, Any] | None = None) -> None:
-    """Refuse what `load_reward` would, as far as that can be said without loading a model.
-
-    A server must answer, soon (`reach` of the classes that ask one).
-    """
+    """Refuse what `load_reward` would, as far as that can be said without loading a model."""
     if name in BUILT_IN and not options:
         return  # These exist, and importing them takes seconds.
-    target, _ = _find(name, options)
-    if hasattr(target, "reach") and target.__module__.startswith("treegrpo."):
-        reward: Any = load_reward(name, options)
-        try:
-            reward.reach()
-        except UserError as error:
-            raise UserError(f"reward {name!r}: {error}") from error
-        finally:
-            reward.close()
+    _find(name, options)
+
+
+def reach_reward(name: str, options: Mapping[str, Any] | None = None) -> None:
+    """Refuse a built-in reward or an address that needs what is not there, loading no model.
+
+    Raises:
+        UserError: the server does not answer soon, or the checkpoint is neither here nor on a hub
+            that answers.
+    """
+    if name not in (*WITH_CHECKPOINTS, "vlm_judge") and not name.startswith(ADDRESSES):
+        return
+    target, given = _find(name, options)
+    needed = getattr(sys.modules[target.__module__], "CHECKPOINTS", {})
+    try:
+        for option, (repository, files) in needed.items():
+            check_nearby(given.get(option), repository, files, option)
+        if not needed:
+            target(**given).reach()
+    except UserError as error:
+        raise UserError(f"reward {name!r}: {error}") from error
 
 
 def _find(name: str, options: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
     """The function or class of that name, and the options that the class is made with."""
     target, options = BUILT_IN.get(name, name), dict(options or {})
-    if name.startswith(("http://", "https://")):
+    if name.startswith(ADDRESSES):
         target, options = REMOTE, {"url": name, **options}
     module, _, attribute = target.partition(":")
     if not module or not attribute:
