@@ -116,17 +116,16 @@ def evaluate(
     with problems.collecting():
         given = _read_prompts(prompts, column, model, run)[:max_prompts]
     asked = _read_rewards(rewards, reward or [], reward_options, prompts or model, run, problems)
-    section = ModelConfig()
+    section, compared = ModelConfig(), None
     with problems.collecting(), arguments.named_as_options():
         section = arguments.model_section(model, dtype=dtype, guidance_scale=guidance_scale)
         arguments.check_sampled(model, base_model)
         if base is None:
-            base = _known_base(model, base_model, run)
+            compared = _known_base(model, base_model, run)
     with problems.collecting():
-        if base == "none":
-            base = None
-        elif base is not None:
+        if base not in (None, "none"):
             arguments.check_model(base, "--base")
+            compared = base
     with problems.collecting():
         page = _check_outputs(json_file, page)
     problems.refuse()
@@ -142,7 +141,7 @@ def evaluate(
     place = usable_device(device, "--device")
     policies: list[Policy] = []
     with problems.collecting(), arguments.named_as_options():
-        policies = open_pair(section, base, device=place, steps=steps, base_model=base_model)
+        policies = open_pair(section, compared, device=place, steps=steps, base_model=base_model)
     size = policies[-1].sampling.size if policies else None
     loaded = _load_rewards(asked, given, size, place, problems)
     problems.refuse()
@@ -156,7 +155,8 @@ def evaluate(
         "reward_options": {name: of.options for name, of in asked.items() if of.options},
         "versions": versions(),
     }
-    comparison = Comparison(model, base, given, list(asked), seeds * images_per_prompt, settings)
+    noises = seeds * images_per_prompt
+    comparison = Comparison(model, compared, given, list(asked), noises, settings)
     decode_batch = decode_batch_of(policies[-1])
     draws = Draws(images_per_prompt, policies[-1].sampling.steps, 0, max_batch, decode_batch)
     shown = [] if page is None else report.pictured(len(given))
