@@ -87,8 +87,7 @@ def check_run_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
     folder = config.output
     if resume and overwrite:
         raise RunError("--resume and --overwrite: give one of them")
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"output: {folder} is a file; must be a folder")
+    check_is_folder(folder)
     if resume:
         if not (folder / STATE_FILE).is_file():
             raise RunError(f"output: {folder} holds no run to resume (no {STATE_FILE})")
@@ -115,6 +114,12 @@ def check_run_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
                     f"{section}.{key}: {given} belongs to the run in {folder}, which would be "
                     "replaced; choose another folder with output=FOLDER"
                 )
+
+
+def check_is_folder(folder: Path) -> None:
+    """Refuse an output, with a RunError, that is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"output: {folder} is a file; must be a folder")
 
 
 def check_dependencies(config: Config, found: Mapping[str, str]) -> None:
@@ -217,6 +222,8 @@ def _notes(config: Config, iteration: int) -> str:
     notes = [line for line in lines if line.startswith(_NOTE)]
     before, now = _settings(load_config(path, [])), _settings(config)
     recorded = set(marked(type(config), RECORDED_ON_RESUME))
+    if config.train.learning_rate_schedule == "constant":
+        recorded.discard(("train", "iterations"))  # they steer nothing then
     notes += [
         f"{_NOTE}{iteration}: {'.'.join(key)} was {before[key]!r}, now {now[key]!r}"
         for key in _differing(before, now)

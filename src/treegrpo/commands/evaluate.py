@@ -349,7 +349,7 @@ def _fill(
         name = comparison.base if role == BASE else comparison.model
         console.print(f"sampling {name}")
         with (
-            _telling_of_which(f"the {role} model ({name})"),
+            _telling_of_which(comparison, role),
             closing(rewards),
             _writing(json_file, comparison) as write_now_and_then,
             Progress(*columns, console=console, disable=not console.is_terminal) as progress,
@@ -376,13 +376,18 @@ def _fill(
 
 
 @contextmanager
-def _telling_of_which(model: str) -> Iterator[None]:
+def _telling_of_which(comparison: Comparison, role: str) -> Iterator[None]:
+    """Say of which of two models something is not finite."""
+    from treegrpo.evaluation.results import BASE
     from treegrpo.finite import NotFiniteError
 
     try:
         yield
     except NotFiniteError as error:
-        raise NotFiniteError(f"{model}: {error}") from error
+        if comparison.base is None:
+            raise
+        name = comparison.base if role == BASE else comparison.model
+        raise NotFiniteError(f"the {role} model ({name}): {error}") from error
 
 
 @contextmanager

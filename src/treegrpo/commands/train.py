@@ -17,7 +17,7 @@ from treegrpo.errors import Problems
 from treegrpo.models.folder import check_trainable, lora_file
 from treegrpo.plan import PlanError
 from treegrpo.prompts import load_train_and_held_out
-from treegrpo.run_folder import check_run_folder
+from treegrpo.run_folder import check_is_folder, check_run_folder
 from treegrpo.tracking import check_trackers
 
 
@@ -71,7 +71,10 @@ def _check(
         with problems.collecting():
             check_reward_of(f"rewards.{index}.name", reward.name, reward.options)
     # Where there are several processes, the others may start after the first has begun to write.
-    if os.environ.get("RANK", "0") == "0" and not ("output" in faulty or (faulty and resume)):
+    if os.environ.get("RANK", "0") == "0" and "output" not in faulty:
         with problems.collecting():
-            check_run_folder(config, resume=resume, overwrite=overwrite)
+            if faulty:  # whether the run there can go on depends on all keys
+                check_is_folder(config.output)
+            else:
+                check_run_folder(config, resume=resume, overwrite=overwrite)
     problems.refuse()

@@ -367,8 +367,8 @@ def _find_place(
 
 def _other_length(config: Config, done: int) -> list[str]:
     """What another number of iterations than the run had does to its learning rate."""
-    now = config.train
-    before = load_config(config.output / CONFIG_FILE, []).train
+    now, file = config.train, config.output / CONFIG_FILE
+    before = load_config(file, []).train if file.is_file() else now
     if before.iterations == now.iterations:
         return []
     told = f"train.iterations was {before.iterations}, now {now.iterations}: the learning rate"
