@@ -270,6 +270,13 @@ MODEL = [
         keeps=("trained", "untrained", *FIRST),
     ),
     Row(
+        "model.lora_path",
+        "$files/lora",
+        LORA,
+        changes=("untrained", *IMAGES, *LEARNED),
+        keeps=("trained", "noise"),
+    ),
+    Row(
         "model.lora_targets",
         "[attn.to_q]",
         LORA,
@@ -746,6 +753,13 @@ PROMPTS = [
 EVALUATION = [
     Row("evaluation.every", "1", becomes={"evaluated_at": [0, 1, 2]}, keeps=LEARNED),
     Row("evaluation.images_per_prompt", "2", becomes={"evaluation_images": [4, 4]}, keeps=LEARNED),
+    Row(
+        "evaluation.steps",
+        "4",
+        becomes={"evaluation_timesteps": approx(TIMESTEPS)},
+        changes=("evaluations", "sampling"),
+        keeps=("noise", "plans", "sigmas", "rollout_timesteps", *LEARNED),
+    ),
     Row("evaluation.max_prompts", "1", becomes={"evaluation_images": [1, 1]}, keeps=LEARNED),
     Row(
         "evaluation.seed",

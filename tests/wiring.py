@@ -42,7 +42,9 @@ import treegrpo.report.curve
 import treegrpo.report.pictures
 import treegrpo.rollout
 from treegrpo import checkpoint, run_folder
-from treegrpo.config import Config, load_config
+from treegrpo.config import Config, ModelConfig, load_config
+from treegrpo.models.export import export
+from treegrpo.models.opening import load_weights, open_policy
 from treegrpo.models.switches import quiet_libraries
 from treegrpo.report.run import TrainingResult
 from treegrpo.rollout import Rollout
@@ -106,6 +108,13 @@ def make_files(folder: Path) -> None:
             weights = {key: scale * weight for key, weight in load_file(file).items()}
             save_file(weights, file, {"format": "pt"})
     wan.build(folder / "videos")
+    start = ModelConfig(path=str(folder / "images"), lora_rank=2, embedding_cache=None)
+    policy = open_policy(start, device=torch.device("cpu"))
+    load_weights(policy, start, train=True)
+    for parameter in policy.network.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    export(policy, folder / "lora", start.path)
     for name, first in (("train", 0), ("held_out", 20), ("others", 40)):
         numbers = range(first, first + 12)
         lines = [f'{{"prompt": "no {n}", "caption": "caption {n}", "n": {n}}}\n' for n in numbers]

@@ -153,6 +153,7 @@ def iterate(run: Run) -> dict[str, float]:
     except BaseException:
         # The iteration did not happen: a resumed run draws these prompts again.
         run.sampler.load_state_dict(drawn_before)
+        run.take_reward_states()
         raise
     run.warnings += run.silent_rewards.warnings(batch.everyones)
     times = watch.record()
@@ -166,6 +167,7 @@ def iterate(run: Run) -> dict[str, float]:
         **run.batches.record(),
         **times,
     }
+    run.keep_reward_states()
     progress.iteration += 1
     progress.seconds += times["seconds"]
     progress.rollout_forwards += int(record["rollout_forwards"])
