@@ -1,4 +1,4 @@
-"""The command line: its five commands, the version, and errors.
+"""The command line: its six commands, the version, and errors.
 
 Errors of the user's are one red line and exit code 2, without a traceback. The commands refuse
 what can be refused before torch is imported, so that help and mistakes answer at once.
@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from treegrpo import __version__
+from treegrpo.commands.compare import compare
 from treegrpo.commands.evaluate import evaluate
 from treegrpo.commands.plan import plan
 from treegrpo.commands.sample import sample
@@ -37,7 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(epilog=_CONFIG_KEYS)(train)
-for _command in (plan, sample, evaluate, serve_reward):
+for _command in (plan, sample, evaluate, compare, serve_reward):
     app.command()(_command)
 
 

@@ -53,6 +53,15 @@ def read_config(arguments: list[str] | None) -> Config:
     Raises:
         UserError: there are two files, or as `load_config`.
     """
+    return load_config(*file_and_changes(arguments))
+
+
+def file_and_changes(arguments: list[str] | None) -> tuple[Path | None, list[str]]:
+    """The configuration file, if one is given, and the changes to it.
+
+    Raises:
+        UserError: there are two files.
+    """
     given = arguments or []
     overrides = [argument for argument in given if _OVERRIDE.match(argument)]
     paths = [argument for argument in given if not _OVERRIDE.match(argument)]
@@ -61,7 +70,7 @@ def read_config(arguments: list[str] | None) -> Config:
             f"got {len(paths)} configuration files ({', '.join(paths)}); must be at most one "
             "(a change to it is written key.path=value)"
         )
-    return load_config(Path(paths[0]) if paths else None, overrides)
+    return Path(paths[0]) if paths else None, overrides
 
 
 def model_section(path: str, dtype: DType, guidance_scale: float | None) -> ModelConfig:

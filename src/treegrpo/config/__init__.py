@@ -3,7 +3,15 @@
 Left out: the sections of the methods (`methods/settings.py`).
 """
 
-from treegrpo.config.reading import changed, load_config, parse_argument, parse_yaml, to_yaml
+from treegrpo.config.reading import (
+    changed,
+    has_setting,
+    load_config,
+    method_in,
+    parse_argument,
+    parse_yaml,
+    to_yaml,
+)
 from treegrpo.config.schema import (
     Config,
     EvaluationConfig,
@@ -25,7 +33,9 @@ __all__ = [
     "TrainConfig",
     "changed",
     "describe_fields",
+    "has_setting",
     "load_config",
+    "method_in",
     "method_of",
     "parse_argument",
     "parse_yaml",

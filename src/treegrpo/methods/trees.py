@@ -5,7 +5,8 @@ Left out: the arithmetic of plans and backups (`plan.py`, `advantage.py`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -90,7 +91,7 @@ class BranchSettings(FinalStepSettings):
     branching: AtLeastOne = 2
     """Children of a node at each branching step."""
     split_steps: Annotated[list[AtLeastZero[int]], Field(min_length=1)] | None = None
-    """The branching steps; null: 0, 3, 6 and 9 of 20 steps, in proportion to the steps there are."""
+    """The branching steps; null: 0, 3, 6 and 9 of 20 steps, in proportion to `rollout.steps`."""
 
     @field_validator("split_steps")
     @classmethod
@@ -124,6 +125,14 @@ class BranchGRPO(PolicyGradient):
     advantage_settings = BranchAdvantageSettings
     rollout: BranchSettings
     paper = "[BranchGRPO](https://arxiv.org/abs/2509.06040)"
+
+    @classmethod
+    def published(cls, *, flow: bool) -> Mapping[str, Any]:
+        """DanceGRPO's step, on whose code it was built."""
+        settings = {"advantage.eps": 1e-8, "objective.clip_low": 1e-3, "objective.clip_high": 1e-3}
+        if not flow:
+            return settings
+        return {"rollout.transition": "dance_sde", "rollout.noise_level": 0.3, **settings}
 
     def plan(self, iteration: int) -> RolloutPlan:
         """`plan.branch_grpo`, the same in every iteration."""

@@ -63,9 +63,13 @@ def describe(evaluation: Evaluation) -> str:
 
 
 def write_report(
-    config: Config, before: Evaluation, after: Evaluation, result: TrainingResult, display: Display
+    config: Config,
+    before: Evaluation,
+    after: Evaluation,
+    result: TrainingResult,
+    display: Display | None,
 ) -> None:
-    """Pictures, summary.json and the closing table."""
+    """Pictures, summary.json and, where there is a display, the closing table."""
     folder, accuracy, seconds = result.folder, config.accuracy, result.seconds
     summary = asdict(result) | {"folder": str(folder)}
     write_atomically(folder / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
@@ -93,6 +97,8 @@ def write_report(
     metrics = read_lines(folder / METRICS_FILE)
     rewards = {r.key: r.weight > 0 for r in config.rewards if r.key != accuracy}
     training_curve(curve, metrics, evaluations, rewards)
+    if display is None:
+        return
     where = f"on {len(before.prompts)} held-out prompts"
     forwards = f"{result.rollout_forwards:,} rollout, {result.update_forwards:,} update"
     rows = [

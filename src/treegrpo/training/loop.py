@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Callable
 
 from treegrpo.checkpoint import check_space
 from treegrpo.config import Config
 from treegrpo.console import Display, Stop, stop_signal
 from treegrpo.errors import UserError
+from treegrpo.evaluation.results import Evaluation
 from treegrpo.finite import NotFiniteError
 from treegrpo.report.model_card import write_model_card
 from treegrpo.report.run import TrainingResult, describe, write_report
@@ -26,8 +28,18 @@ from treegrpo.training.held_out import HeldOut
 from treegrpo.training.metrics import Stopwatch, is_due
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> TrainingResult:
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    finished: Callable[[Evaluation, Evaluation], None] | None = None,
+) -> TrainingResult:
     """Train as configured; everything about the run is written to `config.output`.
+
+    Args:
+        finished: is given the first and the last evaluation, with their pictures, and says in place
+            of the closing table what came of it.
 
     Raises:
         UserError: a setting, folder, model or prompt list that cannot be used; nothing was done.
@@ -76,8 +88,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
     if engine.is_main:
         run.export(config.output / MODEL_FOLDER)
         write_model_card(config.output / MODEL_FOLDER, config, run.policy, result)
-        write_report(config, held_out.before, held_out.last, result, display)
+        shown = display if finished is None else None
+        write_report(config, held_out.before, held_out.last, result, shown)
     tracker.finish()
+    if finished is not None:
+        finished(held_out.before, held_out.last)
     return result
 
 
