@@ -77,6 +77,7 @@ class Outcome:
 
     def write(self, folder: Path) -> None:
         """Keep it in the run's folder: whole, or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)  # a run may fail before it has made one
         write_atomically(folder / OUTCOME_FILE, json.dumps(asdict(self), indent=1) + "\n")
 
     @staticmethod
