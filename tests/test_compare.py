@@ -89,7 +89,7 @@ def test_a_comparison_and_the_same_one_interrupted(
 ) -> None:
     command = ("compare", f"model.path={tiny_checkpoint}", *COMMAND)
     begun: list[str] = []
-    train = running.train
+    train = loop.train
 
     def counted(config: Any, **how: Any) -> Any:
         begun.append(f"{config.output}{' again' if how['resume'] else ''}")

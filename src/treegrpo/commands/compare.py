@@ -102,7 +102,8 @@ def compare(
 ) -> None:
     """Compare methods, or settings of one, at equal cost.
 
-    An interrupted comparison is continued by the same command.
+    An interrupted comparison is continued by the same command. docs/compare.md says how costs are
+    counted and what each method is given.
     """
     study = _study(
         arguments,
@@ -141,7 +142,7 @@ def compare(
         return
     write_atomically(study.folder / PAGE_FILE, page.page(study, results))
     console.print(page.table(study, results))
-    for note in page.notes(study, results):
+    for note in (*page.failures(results), *page.notes(results)):
         say(note)
     say(f"wrote {study.folder / PAGE_FILE}")
 

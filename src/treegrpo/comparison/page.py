@@ -46,8 +46,8 @@ def table(study: Study, results: Results) -> Table:
     return table
 
 
-def notes(study: Study, results: Results) -> list[str]:
-    """What a reader should know of the tuning and of failures, a sentence each."""
+def notes(results: Results) -> list[str]:
+    """What each was tuned to, a sentence each."""
     said = []
     for choice in results.choices.values():
         if choice.changes is None:
@@ -57,10 +57,16 @@ def notes(study: Study, results: Results) -> list[str]:
             ends = " and of ".join(choice.at_an_end)
             text += f", which is an end of the values of {ends}; a wider grid may have a better one"
         said.append(text)
-    for outcome in results.outcomes:
-        if outcome.error is not None:
-            said.append(f"{outcome.entry}, seed {outcome.seed}, failed: {outcome.error}")
     return said
+
+
+def failures(results: Results) -> list[str]:
+    """What failed, and with what, a sentence each."""
+    return [
+        f"{outcome.entry}, seed {outcome.seed}, failed: {outcome.error}"
+        for outcome in results.outcomes
+        if outcome.error is not None
+    ]
 
 
 # --- cells ---
@@ -147,7 +153,8 @@ def page(study: Study, results: Results) -> str:
     if name == "accuracy":
         inner = _charts(by_label, lambda point: point.reward, "reward")
         sections.append(f"<details><summary>The trained reward</summary>{inner}</details>")
-    told = "".join(f'<p class="bad">{escape(note)}</p>' for note in notes(study, results))
+    told = "".join(f'<p class="bad">{escape(failure)}</p>' for failure in failures(results))
+    told += "".join(f"<p>{escape(note)}.</p>" for note in notes(results))
     explanation = escape(" ".join(_explanation(study, results)))
     return f"""<!DOCTYPE html>
 <html lang="en">

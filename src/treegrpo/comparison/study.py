@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -136,27 +136,25 @@ class Study:
         Raises:
             UserError: names the entry and, of a budget, what its iteration costs.
         """
-        configs = list(self._all_configs())
-        for entry, config in configs:
+        dearest: tuple[float, Entry, Config, Cost] | None = None
+        for entry, config in self._candidates():
             with _naming(entry):
                 method_of(config).checked_plans(config.train.iterations)
-        if self.budget.unit != "forwards":
-            return
-        first: dict[str, tuple[Cost, int]] = {}
-        for entry, config in configs:
-            cost = next(costs(config, self.factor))
-            if entry.label not in first or cost.total > first[entry.label][0].total:
-                first[entry.label] = cost, config.rollout.prompts_per_iteration
-        label, (cost, prompts) = max(first.items(), key=lambda item: item[1][0].total)
-        if cost.total > self.budget.amount:
+            for seed in (self.tuning_seed, *self.seeds):
+                cost = next(costs(_seeded(config, seed), self.factor))
+                if dearest is None or cost.total > dearest[0]:
+                    dearest = cost.total, entry, config, cost
+        assert dearest is not None
+        total, entry, config, cost = dearest
+        if self.budget.unit == "forwards" and total > self.budget.amount:
+            reference = f"{cost.reference:,} for the reference, " if cost.reference else ""
             raise UserError(
-                f"--budget: got {self.budget}; an iteration of {label} costs {cost.total:,.10g} "
-                f"({prompts} prompts: {cost.rollout:,} to sample"
-                + (f", {cost.reference:,} for the reference" if cost.reference else "")
-                + f", {cost.factor:g} x {cost.update:,} to update); must be at least that"
+                f"--budget: got {self.budget}; an iteration of {entry.label} costs {total:,.10g} "
+                f"({config.rollout.prompts_per_iteration} prompts: {cost.rollout:,} to sample, "
+                f"{reference}{cost.factor:g} x {cost.update:,} to update); must be at least that"
             )
 
-    def check_model(self, schedules: dict[int, Schedule]) -> None:
+    def check_model(self, schedules: Mapping[int, Schedule]) -> None:
         """Refuse methods that the model cannot run.
 
         Args:
@@ -165,7 +163,7 @@ class Study:
         Raises:
             UserError: names the entry and says why.
         """
-        for entry, config in self._all_configs():
+        for entry, config in self._candidates():
             method, schedule = method_of(config), schedules[config.rollout.steps]
             for share in method.checked_plans(config.train.iterations):
                 with _naming(entry):
@@ -173,15 +171,13 @@ class Study:
 
     def steps(self) -> set[int]:
         """The numbers of denoising steps that entries have."""
-        return {config.rollout.steps for _, config in self._all_configs()}
+        return {config.rollout.steps for _, config in self._candidates()}
 
-    def _all_configs(self) -> Iterator[tuple[Entry, Config]]:
+    def _candidates(self) -> Iterator[tuple[Entry, Config]]:
+        """Every configuration that is tried, with the first seed."""
         for entry in self.entries:
-            candidates = self.candidates(entry)
-            for changes in candidates:
-                tuned = [self.tuning_seed] if self.grids(entry) else []
-                for seed in [*tuned, *self.seeds]:
-                    yield entry, self.config(entry, changes, seed)
+            for changes in self.candidates(entry):
+                yield entry, self.config(entry, changes)
 
     def for_model(self, *, flow: bool) -> Study:
         """The comparison on a flow model or on a diffusion model."""
@@ -253,6 +249,11 @@ def _naming(entry: Entry) -> Iterator[None]:
         yield
     except PlanError as error:
         raise UserError(f"{entry.label}: {error}") from None
+
+
+def _seeded(config: Config, seed: int) -> Config:
+    train = config.train.model_copy(update={"seed": seed})
+    return config.model_copy(update={"train": train})
 
 
 def _deciding(config: Config) -> dict[str, Any]:
