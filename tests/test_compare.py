@@ -99,7 +99,7 @@ def test_a_comparison_and_the_same_one_interrupted(
     monkeypatch.setattr(loop, "write_report", lambda *given: None)  # pictures take a third
     code, out, err = treegrpo(*command, "--output", "whole")
     assert code == 0, err
-    assert "which is an end of the values of train.learning_rate" in out
+    assert "; the best train.learning_rate is at an end of its grid" in out
     results = found("whole")
 
     # Values are chosen on a seed that is not reported; methods take turns.

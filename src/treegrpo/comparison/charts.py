@@ -36,7 +36,7 @@ _MARKERS = "osD^vP"
 
 def pareto(outcomes: Mapping[str, Sequence[Outcome]], value: Value, name: str) -> str:
     """Every measured point, its cost across and its value up, and the line that none is beyond."""
-    drawing, axes = _chart(f"{name} against cost", AXES["cost"][0], name)
+    drawing, axes = _chart(f"{name} against cost, and the best of all", AXES["cost"][0])
     means: list[tuple[float, float]] = []
     for (label, runs), how in zip(outcomes.items(), _looks(), strict=False):
         curve = mean_curve(runs, AXES["cost"][1])
@@ -71,7 +71,7 @@ def _columns(points: Sequence[tuple[float, float]]) -> tuple[list[float], list[f
 def curves(outcomes: Mapping[str, Sequence[Outcome]], axis: str, value: Value, name: str) -> str:
     """Means over seeds along an axis of `AXES`, and a band of one standard deviation."""
     title, along = AXES[axis]
-    drawing, axes = _chart(f"{name} by {title}", title, name)
+    drawing, axes = _chart(f"{name} by {title}", title)
     for (label, runs), how in zip(outcomes.items(), _looks(), strict=False):
         curve = mean_curve(runs, along)
         if curve:
@@ -99,7 +99,7 @@ def _looks() -> Any:
         yield {"color": style.SERIES[place], "linestyle": line, "marker": marker}
 
 
-def _chart(title: str, across: str, up: str) -> tuple[Drawing, Axes]:
+def _chart(title: str, across: str) -> tuple[Drawing, Axes]:
     drawing = Drawing(figsize=SIZE, facecolor=style.PAPER, layout="constrained")
     axes = drawing.add_subplot()
     axes.set_title(title, loc="left", color=style.INK, fontsize=11, pad=8)
@@ -115,7 +115,8 @@ def _chart(title: str, across: str, up: str) -> tuple[Drawing, Axes]:
 def _finished(drawing: Drawing, axes: Axes, name: str) -> str:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_xlim(left=0)
+    right = axes.get_xlim()[1]
+    axes.set_xlim(-0.015 * right, right)  # room for half a marker
     if name == "accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.yaxis.set_major_locator(MaxNLocator(6))

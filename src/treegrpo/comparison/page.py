@@ -54,8 +54,8 @@ def notes(results: Results) -> list[str]:
             continue
         text = f"{choice.entry} was tuned to {' '.join(choice.changes)}"
         if choice.at_an_end:
-            ends = " and of ".join(choice.at_an_end)
-            text += f", which is an end of the values of {ends}; a wider grid may have a better one"
+            ends = " and ".join(choice.at_an_end)
+            text += f"; the best {ends} is at an end of its grid, a wider one may have a better"
         said.append(text)
     return said
 
@@ -154,7 +154,7 @@ def page(study: Study, results: Results) -> str:
         inner = _charts(by_label, lambda point: point.reward, "reward")
         sections.append(f"<details><summary>The trained reward</summary>{inner}</details>")
     told = "".join(f'<p class="bad">{escape(failure)}</p>' for failure in failures(results))
-    told += "".join(f"<p>{escape(note)}.</p>" for note in notes(results))
+    told += f"<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes(results))}</ul>"
     explanation = escape(" ".join(_explanation(study, results)))
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -189,7 +189,7 @@ def _charts(
     for axis, (title, _) in charts.AXES.items():
         drawn[f"{name} by {title}"] = charts.curves(by_label, axis, value, name)
     images = "".join(
-        f'<img src="data:image/svg+xml;base64,{_base64(text)}" alt="{escape(alt)}">'
+        f'<div><img src="data:image/svg+xml;base64,{_base64(text)}" alt="{escape(alt)}"></div>'
         for alt, text in drawn.items()
     )
     return f'<div class="charts">{images}</div>'
@@ -272,7 +272,7 @@ def _tried(choice: Choice, outcome: Outcome, accurate: bool) -> list[str]:
 
 
 def differences(study: Study) -> list[list[str]]:
-    """A header, and per entry the settings in which the entries differ from one another."""
+    """A header of entries, and a line per setting in which they differ; empty where one has none."""
     trees = {entry.label: study.config(entry).model_dump(mode="json") for entry in study.entries}
     flat = {
         label: {
@@ -288,12 +288,14 @@ def differences(study: Study) -> list[list[str]]:
         if key != "rollout.method"
         and len({json.dumps(values[key]) for values in flat.values() if key in values}) > 1
     ]
-    lines = [["", *keys]]
-    for label, values in flat.items():
-        lines.append(
-            [label, *(json.dumps(values[k]).strip('"') if k in values else "" for k in keys)]
-        )
-    return lines
+    return [
+        ["", *flat],
+        *([key, *(_shown(values, key) for values in flat.values())] for key in keys),
+    ]
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]).strip('"') if key in values else ""
 
 
 def _settings(study: Study) -> str:
@@ -315,18 +317,16 @@ td:first-child, th:first-child {{ text-align: left; }}
 .wide {{ overflow-x: auto; }}
 .muted {{ color: {style.MUTED}; max-width: 60rem; }}
 .bad {{ color: {style.BAD}; }}
-.charts {{ display: grid; gap: 1rem; margin: 1.5rem 0;
-  grid-template-columns: repeat(auto-fit, minmax(min(26rem, 100%), 1fr)); }}
-.charts img {{ width: 100%; max-width: 44rem; }}
+.charts {{ display: flex; flex-wrap: wrap; gap: 1rem; margin: 1.5rem 0; }}
+.charts div {{ flex: 1 1 26rem; min-width: 0; max-width: 42rem; }}
+.charts img {{ width: 100%; display: block; }}
 summary {{ cursor: pointer; margin: 1rem 0; }}
 pre {{ overflow-x: auto; font-size: .8rem; }}
-main {{ display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(min(40rem, 100%), 1fr)); }}
-article {{ border: 1px solid {style.RULE}; border-radius: .5rem; padding: .9rem; min-width: 0; }}
-article > div {{ display: flex; flex-wrap: wrap; gap: .8rem; }}
-figure {{ margin: 0; text-align: center; }}
-figure div {{ display: flex; gap: .25rem; }}
-figure img {{ width: 4.2rem; border-radius: .35rem; border: 2px solid {style.RULE};
+article {{ display: inline-block; vertical-align: top; max-width: 100%; box-sizing: border-box;
+  margin: 0 .6rem .9rem 0; padding: .8rem .8rem .4rem; border: 1px solid {style.RULE};
+  border-radius: .5rem; }}
+figure {{ display: inline-block; margin: 0 .5rem .4rem 0; text-align: center; }}
+figure img {{ width: 4.6rem; margin: 0 .1rem; border-radius: .35rem; border: 2px solid {style.RULE};
   image-rendering: pixelated; }}
 figure img[src^="data:image/jpeg"] {{ width: 8rem; image-rendering: auto; }}
 figure img.right {{ border-color: {style.GOOD}; }}
