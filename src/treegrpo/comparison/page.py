@@ -77,7 +77,7 @@ def _cells(study: Study, results: Results) -> list[list[str]]:
     rows, name = rows_of(study, results), _name(results)
     percent = name == "accuracy"
     header = ["", "s/iteration", "iterations", "forwards", "reward", *(["accuracy"] * percent)]
-    header += ["area", "to the weakest's end", "gradient"]
+    header += ["area", "catch-up", "gradient"]
     lines = [header]
     for row in rows:
         rollout, update = row.rollout_forwards, row.update_forwards
@@ -130,8 +130,7 @@ def _explanation(study: Study, results: Results) -> list[str]:
         f"Forwards are rows without and with gradient; one with gradient costs {study.factor:g}, "
         "and took on this machine what stands under gradient.",
         f"Area: the mean {_name(results)} over the cost, from the first forward to the last.",
-        f"To the weakest's end: the cost at which the {_name(results)} is what the weakest entry "
-        "ends with.",
+        f"Catch-up: the cost at which the {_name(results)} is what the weakest entry ends with.",
     ]
     if study.tunes:
         sentences.append(
@@ -272,7 +271,7 @@ def _tried(choice: Choice, outcome: Outcome, accurate: bool) -> list[str]:
 
 
 def differences(study: Study) -> list[list[str]]:
-    """A header of entries, and a line per setting in which they differ; empty where one has none."""
+    """A header of entries, and a line per setting in which they differ; "" where one has none."""
     trees = {entry.label: study.config(entry).model_dump(mode="json") for entry in study.entries}
     flat = {
         label: {
