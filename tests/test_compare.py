@@ -114,9 +114,10 @@ def test_a_comparison_and_the_same_one_interrupted(
         ("runs", "tree_grpo", "seed-1"),
     ]
     assert {run["seed"] for run in results["runs"]} == {0, 1}
-    for choice in results["tuning"]:
-        assert {tried["seed"] for tried in choice["tried"]} == {1000}
-        best = max(choice["tried"], key=lambda tried: tried["curve"][-1]["reward"])
+    assert {tried["seed"] for tried in results["tuning"]} == {1000}
+    for choice in results["choices"]:
+        mine = [tried for tried in results["tuning"] if tried["entry"] == choice["entry"]]
+        best = max(mine, key=lambda tried: tried["curve"][-1]["reward"])
         assert choice["changes"] == best["changes"]
         chosen = [run for run in results["runs"] if run["entry"] == choice["entry"]]
         assert all(run["changes"] == choice["changes"] for run in chosen)
@@ -215,7 +216,7 @@ def test_a_run_that_diverges_is_told_and_loses_no_other(
     code, out, err = treegrpo(*command, *tune, "--methods", "tree_grpo", "--overwrite")
     assert code == 0, err
     results = found("runs/compare")
-    assert results["tuning"][0]["changes"] == ["train.learning_rate=1e-3"]
+    assert results["choices"][0]["changes"] == ["train.learning_rate=1e-3"]
     assert [run["error"] for run in results["runs"]] == [None]
 
 

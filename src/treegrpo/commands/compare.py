@@ -6,7 +6,6 @@ Left out: the comparison itself (`comparison/`).
 from __future__ import annotations
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -123,7 +122,7 @@ def compare(
 
     from treegrpo.comparison import page
     from treegrpo.comparison.running import Interrupted, run_study
-    from treegrpo.comparison.study import PAGE_FILE
+    from treegrpo.comparison.study import PAGE_FILE, RESULTS_FILE
     from treegrpo.console import plain_console
     from treegrpo.run_folder import write_atomically
 
@@ -135,8 +134,11 @@ def compare(
     def say(text: str) -> None:
         console.print(text, soft_wrap=True)
 
+    def write(found: Results) -> None:
+        write_atomically(study.folder / RESULTS_FILE, page.to_json(study, found))
+
     try:
-        results = run_study(study, say, lambda found: _write(study, found))
+        results = run_study(study, say, write)
     except Interrupted:
         say("interrupted; continue with the same command")
         return
@@ -205,22 +207,3 @@ def _on_model(study: Study) -> Study:
     study = study.for_model(flow=next(iter(schedules.values())).is_flow)
     study.check_model(schedules)
     return study
-
-
-def _write(study: Study, results: Results) -> None:
-    """Everything that has been found, as JSON."""
-    import json
-
-    from treegrpo.comparison.page import rows_of
-    from treegrpo.comparison.study import RESULTS_FILE
-    from treegrpo.run_folder import write_atomically
-    from treegrpo.versions import versions
-
-    found = {
-        "settings": study.settings(),
-        "versions": versions(),
-        "summary": [asdict(row) for row in rows_of(study, results)],
-        "tuning": [asdict(choice) for choice in results.choices.values()],
-        "runs": [asdict(outcome) for outcome in results.outcomes],
-    }
-    write_atomically(study.folder / RESULTS_FILE, json.dumps(found, indent=1) + "\n")

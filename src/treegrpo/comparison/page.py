@@ -1,4 +1,4 @@
-"""What a comparison shows: the table of a terminal, and one HTML page that loads nothing.
+"""What a comparison writes: a table, JSON, and one HTML page that loads nothing.
 
 Left out: charts (`charts.py`), figures (`summary.py`).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from html import escape
 from typing import Any
 
@@ -20,6 +21,20 @@ from treegrpo.comparison.running import PICTURES_FILE, Choice, Results
 from treegrpo.comparison.study import RUNS_FOLDER, Study
 from treegrpo.comparison.summary import Figure, Row, height, summarise
 from treegrpo.report import style
+from treegrpo.versions import versions
+
+
+def to_json(study: Study, results: Results) -> str:
+    """Everything that has been found."""
+    found = {
+        "settings": study.settings(),
+        "versions": versions(),
+        "summary": [asdict(row) for row in rows_of(study, results)],
+        "choices": [asdict(choice) for choice in results.choices.values()],
+        "tuning": [asdict(outcome) for outcome in results.tried],
+        "runs": [asdict(outcome) for outcome in results.outcomes],
+    }
+    return json.dumps(found, indent=1) + "\n"
 
 
 def rows_of(study: Study, results: Results) -> list[Row]:
@@ -241,33 +256,29 @@ def _pictured(label: str, row: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _tuning(study: Study, results: Results) -> str:
-    if not results.choices:
+    if not results.tried:
         return ""
-    accurate = any(
-        outcome.error is None and outcome.end.accuracy is not None
-        for choice in results.choices.values()
-        for outcome in choice.tried
-    )
-    lines = [["", "value", "reward", *(["accuracy"] if accurate else []), ""]]
-    for choice in results.choices.values():
-        lines += [_tried(choice, outcome, accurate) for outcome in choice.tried]
+    ends = [one.end for one in results.tried if one.error is None]
+    accurate = any(end.accuracy is not None for end in ends)
+    header = ["", "value", "reward", *(["accuracy"] * accurate), ""]
+    lines = [_tried(results.choices.get(one.entry), one, accurate) for one in results.tried]
+    lines.sort(key=lambda line: line[0])  # each one's in the order in which they were tried
     return (
         f"<h2>Tuning, seed {study.tuning_seed}</h2>"
-        f'<div class="wide"><table class="figures">{_html(lines)}</table></div>'
+        f'<div class="wide"><table class="figures">{_html([header, *lines])}</table></div>'
     )
 
 
-def _tried(choice: Choice, outcome: Outcome, accurate: bool) -> list[str]:
-    cells = [choice.entry, " ".join(outcome.changes)]
+def _tried(choice: Choice | None, outcome: Outcome, accurate: bool) -> list[str]:
+    cells = [outcome.entry, " ".join(outcome.changes)]
     if outcome.error is not None:
-        return [*cells, "failed", *([""] if accurate else []), outcome.error]
-    accuracy = outcome.end.accuracy
+        return [*cells, *(["-"] * (1 + accurate)), outcome.error]
     cells.append(f"{outcome.end.reward:.3f}")
     if accurate:
-        cells.append("" if accuracy is None else f"{accuracy:.1%}")
-    best = outcome.changes == choice.changes
-    end = ", at an end of the grid" if choice.at_an_end else ""
-    return [*cells, f"chosen{end}" if best else ""]
+        cells.append(f"{_percent(outcome.end.accuracy or 0.0)}%")
+    if choice is None or outcome.changes != choice.changes:
+        return [*cells, ""]
+    return [*cells, "chosen, at an end of its grid" if choice.at_an_end else "chosen"]
 
 
 def differences(study: Study) -> list[list[str]]:

@@ -38,10 +38,9 @@ from treegrpo.run_folder import (
 from treegrpo.training.loop import train
 
 PICTURES_FILE = "pictures.json"
-PICTURED_IMAGES = 2
-"""Of a prompt."""
-PILOT_ITERATIONS = 3
-"""From which the number is found that a budget of minutes allows."""
+_PICTURED_IMAGES = 2  # of a prompt
+_PILOT_ITERATIONS = 3  # from which the number is found that a budget of minutes allows
+_TRIAL = "tuning-"
 
 
 class Interrupted(Exception):
@@ -54,21 +53,26 @@ class Choice:
 
     Attributes:
         entry: its label.
-        tried: every run on the tuning seed.
         changes: the best; None: all failed.
         at_an_end: keys whose best value is the least or the largest that was tried.
     """
 
     entry: str
-    tried: tuple[Outcome, ...]
     changes: tuple[str, ...] | None
-    at_an_end: tuple[str, ...]
+    at_an_end: tuple[str, ...] = ()
 
 
 @dataclass
 class Results:
-    """What has been found so far."""
+    """What has been found so far.
 
+    Attributes:
+        tried: runs on the tuning seed.
+        choices: by entry, where it is tuned.
+        outcomes: of the reported seeds.
+    """
+
+    tried: list[Outcome] = field(default_factory=list)
     choices: dict[str, Choice] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
 
@@ -89,51 +93,55 @@ def run_study(
     """
     results = Results()
     changed(results)
-    tuned = [entry for entry in study.entries if study.grids(entry)]
-    tries = max((len(study.candidates(entry)) for entry in tuned), default=0)
-    total = sum(len(study.candidates(entry)) for entry in tuned)
-    total += len(study.seeds) * len(study.entries)
-    progress = _Progress(total, say)
-    tried: dict[str, list[Outcome]] = {entry.label: [] for entry in tuned}
-    for number in range(tries):
-        for entry in study.in_turn(number):
-            if entry in tuned and number < len(study.candidates(entry)):
-                changes = study.candidates(entry)[number]
-                folder = study.folder / RUNS_FOLDER / entry.folder / f"tuning-{number}"
-                one = _Run(study, entry, changes, study.tuning_seed, folder)
-                tried[entry.label].append(progress.over(one))
-    for entry in tuned:
-        results.choices[entry.label] = choose(study, entry, tried[entry.label])
-    changed(results)
+    trials = _trials(study)
+    progress = _Progress(len(trials) + len(study.seeds) * len(study.entries), say)
+    for trial in trials:
+        results.tried.append(progress.over(trial))
+        changed(results)
+    for entry in study.entries:
+        if study.grids(entry):
+            results.choices[entry.label] = choose(study, entry, results.tried)
     for number, seed in enumerate(study.seeds):
         for entry in study.in_turn(number):
-            choice = results.choices.get(entry.label)
-            folder = study.folder / RUNS_FOLDER / entry.folder / f"seed-{seed}"
-            if choice is not None and choice.changes is None:
+            choice = results.choices.get(entry.label, Choice(entry.label, ()))
+            if choice.changes is None:
                 error = "not run: every value that was tried to tune it has failed"
                 outcome = Outcome(entry.label, seed, (), error)
             else:
-                changes = () if choice is None or choice.changes is None else choice.changes
-                keep = number == 0
-                outcome = progress.over(_Run(study, entry, changes, seed, folder, keep))
+                folder = study.folder / RUNS_FOLDER / entry.folder / f"seed-{seed}"
+                run = _Run(study, entry, choice.changes, seed, folder, pictures=number == 0)
+                outcome = progress.over(run)
             results.outcomes.append(outcome)
             changed(results)
     return results
 
 
+def _trials(study: Study) -> list[_Run]:
+    """The runs on the tuning seed: every entry's first value, then their second, ..."""
+    tuned = {entry: study.candidates(entry) for entry in study.entries if study.grids(entry)}
+    trials = []
+    for number in range(max(map(len, tuned.values()), default=0)):
+        for entry in study.in_turn(number):
+            if number < len(tuned.get(entry, ())):
+                folder = study.folder / RUNS_FOLDER / entry.folder / f"{_TRIAL}{number}"
+                changes = tuned[entry][number]
+                trials.append(_Run(study, entry, changes, study.tuning_seed, folder))
+    return trials
+
+
 def choose(study: Study, entry: Entry, tried: Sequence[Outcome]) -> Choice:
-    """The best by accuracy, else by the trained reward; the first of equals."""
+    """The entry's best by accuracy, else by the trained reward; the first of equals."""
 
     def worth(outcome: Outcome) -> tuple[float, float]:
         accuracy = outcome.end.accuracy
         return (0.0 if accuracy is None else accuracy, outcome.end.reward)
 
-    sound = [outcome for outcome in tried if outcome.error is None]
+    sound = [one for one in tried if one.entry == entry.label and one.error is None]
     if not sound:
-        return Choice(entry.label, tuple(tried), None, ())
+        return Choice(entry.label, None)
     best = max(sound, key=worth)
     ends = (grid.key for grid in study.grids(entry) if grid.at_an_end(best.changes))
-    return Choice(entry.label, tuple(tried), best.changes, tuple(ends))
+    return Choice(entry.label, best.changes, tuple(ends))
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,7 @@ class _Run:
         outcome.write(self.folder)
         for name in (STATE_FILE, EARLIER_STATE_FILE):  # it will not be continued
             (self.folder / name).unlink(missing_ok=True)
-        if self.folder.name.startswith("tuning-"):
+        if self.folder.name.startswith(_TRIAL):
             shutil.rmtree(self.folder / MODEL_FOLDER, ignore_errors=True)
         return outcome
 
@@ -196,7 +204,7 @@ class _Run:
         pilot = Outcome.read(folder)
         if pilot is None:
             config = self._config(
-                f"train.iterations={PILOT_ITERATIONS}",
+                f"train.iterations={_PILOT_ITERATIONS}",
                 "train.time_limit_minutes=null",
                 "evaluation.every=0",
                 "evaluation.max_prompts=1",
@@ -256,7 +264,7 @@ def _keep_pictures(config: Config, before: Evaluation, last: Evaluation) -> None
         rows = []
         for place, images in zip(evaluation.kept, evaluation.images, strict=True):
             row = []
-            for number in evenly_spaced(len(images), PICTURED_IMAGES):
+            for number in evenly_spaced(len(images), _PICTURED_IMAGES):
                 right = None
                 if config.accuracy is not None:
                     right = bool(evaluation.scores[config.accuracy][place, number] > 0.5)
