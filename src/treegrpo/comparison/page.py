@@ -261,8 +261,12 @@ def _tuning(study: Study, results: Results) -> str:
     ends = [one.end for one in results.tried if one.error is None]
     accurate = any(end.accuracy is not None for end in ends)
     header = ["", "value", "reward", *(["accuracy"] * accurate), ""]
-    lines = [_tried(results.choices.get(one.entry), one, accurate) for one in results.tried]
-    lines.sort(key=lambda line: line[0])  # each one's in the order in which they were tried
+    lines = [
+        _tried(results.choices.get(one.entry), one, accurate)
+        for entry in study.entries
+        for one in results.tried
+        if one.entry == entry.label
+    ]
     return (
         f"<h2>Tuning, seed {study.tuning_seed}</h2>"
         f'<div class="wide"><table class="figures">{_html([header, *lines])}</table></div>'
