@@ -12,7 +12,7 @@ import yaml
 from command_line import CommandLine
 
 from treegrpo import __version__
-from treegrpo.config import Config, load_config, to_yaml
+from treegrpo.config import RECIPES, Config, configuration_file, load_config, to_yaml
 from treegrpo.run_folder import RunError, check_run_folder, prepare_folder
 
 HEAVY = {
@@ -55,11 +55,50 @@ def test_print_config_shows_file_and_overrides_resolved(treegrpo: CommandLine) -
     assert yaml.safe_load(out)["rewards"] == [reward.model_dump() for reward in Config().rewards]
 
 
+def test_a_recipe_is_found_by_name_unless_a_file_has_it(treegrpo: CommandLine) -> None:
+    Path("sdxl-lora").mkdir()
+    code, out, _ = treegrpo("train", "sdxl-lora", "--print-config", "train.seed=7")
+    assert code == 0
+    assert out == to_yaml(load_config(configuration_file("sdxl-lora"), ["train.seed=7"]))
+    assert yaml.safe_load(out)["model"]["path"] == "stabilityai/stable-diffusion-xl-base-1.0"
+    Path("sd1.5-lora").write_text("train:\n  seed: 3\n")
+    _, out, _ = treegrpo("train", "sd1.5-lora", "--print-config")
+    assert out == to_yaml(load_config(None, ["train.seed=3"]))
+
+
+def test_the_shell_completes_commands_and_recipes(
+    treegrpo: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("sdxl-mine.yaml").touch()
+    monkeypatch.setenv("_TREEGRPO_COMPLETE", "complete_bash")
+    for words, completed in (("pl", "plan"), ("train sdxl", "sdxl-lora\nsdxl-mine.yaml")):
+        monkeypatch.setenv("COMP_WORDS", f"treegrpo {words}")
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+        code, out, _ = treegrpo()
+        assert (code, out.strip()) == (0, completed)
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_help_names_the_recipes(command: str, treegrpo: CommandLine) -> None:
+    _, out, _ = treegrpo(command, "--help")
+    assert len(RECIPES) >= 10
+    assert all(recipe in out for recipe in RECIPES)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "rollout.branching=0"], "rollout.branching: got 0; must be at least 1"),
         (["train", "none.yaml"], "configuration file none.yaml does not exist"),
+        (
+            ["train", "qwen"],
+            "configuration file qwen does not exist, and no recipe has this name; re",
+        ),
+        (
+            ["plan", "configs/sdxl_lora.yaml"],
+            "configuration file configs/sdxl_lora.yaml does not exist, and no recipe has this "
+            "name; did you mean sdxl-lora or ",
+        ),
         (["train", "a.yaml", "b.yaml"], "got 2 configuration files (a.yaml, b.yaml)"),
         (["train", "prompts.train=none.txt"], "prompt file none.txt does not exist"),
         (["train", "model.path=./none"], "model.path: no folder ./none; must be"),

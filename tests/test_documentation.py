@@ -104,11 +104,11 @@ def _commands(page: str) -> list[tuple[str, str]]:
 METHODS_COMMANDS = _commands("docs/methods.md")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "answer"), METHODS_COMMANDS, ids=lambda text: text[:60])
 def test_commands_of_the_methods_page(
     command: str, answer: str, treegrpo: CommandLine, tiny_checkpoint: Path
 ) -> None:
-    Path("configs").symlink_to(ROOT / "configs")
     for block in blocks("docs/methods.md", "python"):
         name = re.match(r"# (\w+\.py)\n", block)
         assert name is not None, "its first line names the file"

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from treegrpo import cli
+from treegrpo.batch_size import BatchSize
 from treegrpo.config import ModelConfig
 from treegrpo.errors import UserError
 from treegrpo.evaluation import pair
@@ -159,7 +161,7 @@ def test_shares_join_to_the_whole(tiny_checkpoint: Path) -> None:
             policy,
             prompts,
             {"x": load_reward(REWARD)},
-            Draws(images_per_prompt=2, steps=2, seed=1, max_batch=max_batch),
+            Draws(images_per_prompt=2, steps=2, seed=1, max_batch=BatchSize(max_batch)),
             keep=[2, 0],
             share=share,
         )
@@ -353,7 +355,7 @@ def test_the_page_shows_both_images_of_every_prompt(
         assert trained.getpixel((16, 16)) == (204, 204, 204)
     assert len(page.images) == 4
     assert page.keys == [[pytest.approx(0.6)]] * 2
-    for words in ("0.2000", "0.8000", "+0.6000", "100.0%", torch.__version__, "2 prompts"):
+    for words in ("0.2000", "0.8000", "+0.6000", "100.0%", version("torch"), "2 prompts"):
         assert words in page.text
 
 
@@ -399,6 +401,7 @@ def test_a_videos_middle_frame_is_shown(treegrpo: Run) -> None:
 # --- what goes wrong ---
 
 
+@pytest.mark.slow
 def test_a_failing_reward_costs_neither_the_others_nor_its_own_scores(
     treegrpo: Run, gray: Callable[..., Path]
 ) -> None:

@@ -24,6 +24,7 @@ from treegrpo.run_folder import read_lines
 from treegrpo.training.build import build
 from treegrpo.training.loop import iterate
 
+pytestmark = pytest.mark.slow
 PROMPTS, ITERATIONS = 4, 3
 PATIENCE = 120.0  # seconds; reached only where a test fails
 # What the metrics of two runs of the same course may differ in.

@@ -219,6 +219,12 @@ MODEL = [
         keeps=("noise",),
     ),
     time_and_memory_only("model.embedding_cache", "embeddings", changes=("files", "embeddings")),
+    Row(
+        "model.embedding_cache_gib",
+        "1e-9",
+        STORED,
+        refused=r"^model\.embedding_cache_gib: got 1e-09, but the embeddings of 7 prompts take",
+    ),
     time_and_memory_only("model.gradient_checkpointing", "true", becomes={"checkpointing": [True]}),
     time_and_memory_only("model.compile", "true", becomes={"compiled": ["SD3Transformer2DModel"]}),
     time_and_memory_only(

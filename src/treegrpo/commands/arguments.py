@@ -8,12 +8,13 @@ from __future__ import annotations
 import math
 import os
 import re
+from glob import glob
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from treegrpo.config import Config, ModelConfig, load_config
+from treegrpo.config import RECIPES, Config, ModelConfig, configuration_file, load_config
 from treegrpo.errors import UserError
 from treegrpo.models.folder import check_checkpoint
 from treegrpo.rewards import check_reward
@@ -21,12 +22,19 @@ from treegrpo.rewards import check_reward
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _OVERRIDE = re.compile(r"[\w.-]+=", re.ASCII)
 
+
+def _complete_configuration(incomplete: str) -> list[str]:
+    return [name for name in (*RECIPES, *glob("*.yaml")) if name.startswith(incomplete)]
+
+
 ConfigArguments = Annotated[
     list[str] | None,
     typer.Argument(
-        metavar="CONFIG.yaml | key.path=value",
-        help="A configuration file and changes to it; without any, the miniature job.",
+        metavar="CONFIG.yaml | RECIPE | key.path=value",
+        help="A configuration file or a recipe, and changes to it; without any, the miniature job. "
+        f"Recipes: {', '.join(RECIPES)}.",
         show_default=False,
+        autocompletion=_complete_configuration,
     ),
 ]
 Model = Annotated[
@@ -48,7 +56,7 @@ DType = Annotated[Literal["float32", "bfloat16"], typer.Option(help="What the mo
 
 
 def read_config(arguments: list[str] | None) -> Config:
-    """The configuration of a file and changes to it, in any order.
+    """The configuration of a file or recipe and changes to it, in any order.
 
     Raises:
         UserError: there are two files, or as `load_config`.
@@ -70,7 +78,7 @@ def file_and_changes(arguments: list[str] | None) -> tuple[Path | None, list[str
             f"got {len(paths)} configuration files ({', '.join(paths)}); must be at most one "
             "(a change to it is written key.path=value)"
         )
-    return Path(paths[0]) if paths else None, overrides
+    return configuration_file(paths[0]) if paths else None, overrides
 
 
 def model_section(path: str, dtype: DType, guidance_scale: float | None) -> ModelConfig:

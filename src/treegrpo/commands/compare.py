@@ -27,7 +27,7 @@ from treegrpo.comparison.entries import (
     read_variants,
 )
 from treegrpo.comparison.study import Study
-from treegrpo.config import Config
+from treegrpo.config import ABLATIONS, Config
 from treegrpo.errors import UserError
 from treegrpo.methods.registry import BUILT_IN
 from treegrpo.models.folder import check_trainable
@@ -49,10 +49,11 @@ def compare(
         ),
     ] = None,
     variants: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            metavar="FILE.yaml",
-            help="Compare settings by name, such as {wide: {rollout.branching: 4}}.",
+            metavar="FILE.yaml | ABLATION",
+            help="Compare settings by name, such as {wide: {rollout.branching: 4}}. "
+            f"Ablations: {', '.join(ABLATIONS)}.",
         ),
     ] = None,
     sweep: Annotated[
@@ -152,7 +153,7 @@ def compare(
 def _study(
     arguments: list[str] | None,
     methods: str | None,
-    variants: Path | None,
+    variants: str | None,
     sweep: list[str],
     tune: list[str],
     budget: str | None,

@@ -21,6 +21,7 @@ from treegrpo.config import (
     load_config,
     method_in,
     parse_yaml,
+    variants_file,
 )
 from treegrpo.errors import UserError
 from treegrpo.methods.registry import BUILT_IN, find_method
@@ -175,25 +176,28 @@ def read_methods(listed: str | None) -> list[str]:
     return names
 
 
-def read_variants(file: Path | None) -> dict[str, tuple[str, ...]]:
-    """Changes by name, from a file of `name: {key.path: value, ...}`; none: not given.
+def read_variants(name: str | None) -> dict[str, tuple[str, ...]]:
+    """Changes by name, from a file of `name: {key.path: value, ...}` or an ablation of that name.
+
+    None: not given.
 
     Raises:
         UserError: names the file, the variant and what is wrong.
     """
-    if file is None:
+    if name is None:
         return {}
+    file = variants_file(name)
     given = parse_yaml(read_utf8(file, "--variants:", UserError), f"--variants: {file}")
     form = "must be variants by name, such as wide: {rollout.branching: 4}"
     if not isinstance(given, dict) or not given:
         raise UserError(f"--variants: {file}: got {shown(given)}; {form}")
     variants = {}
-    for name, settings in given.items():
+    for variant, settings in given.items():
         if not isinstance(settings, dict):
-            raise UserError(f"--variants: {file}: {name}: got {shown(settings)}; {form}")
+            raise UserError(f"--variants: {file}: {variant}: got {shown(settings)}; {form}")
         for key in settings:
-            check_key(f"--variants: {file}: {name}: {key}", str(key))
-        variants[str(name)] = tuple(as_change(key, value) for key, value in settings.items())
+            check_key(f"--variants: {file}: {variant}: {key}", str(key))
+        variants[str(variant)] = tuple(as_change(key, value) for key, value in settings.items())
     return variants
 
 

@@ -12,6 +12,7 @@ from treegrpo.config.reading import (
     parse_yaml,
     to_yaml,
 )
+from treegrpo.config.recipes import ABLATIONS, RECIPES, configuration_file, variants_file
 from treegrpo.config.schema import (
     Config,
     EvaluationConfig,
@@ -24,6 +25,8 @@ from treegrpo.config.schema import (
 from treegrpo.config.wording import ConfigError, describe_fields
 
 __all__ = [
+    "ABLATIONS",
+    "RECIPES",
     "Config",
     "ConfigError",
     "EvaluationConfig",
@@ -32,6 +35,7 @@ __all__ = [
     "RewardConfig",
     "TrainConfig",
     "changed",
+    "configuration_file",
     "describe_fields",
     "has_setting",
     "load_config",
@@ -40,4 +44,5 @@ __all__ = [
     "parse_argument",
     "parse_yaml",
     "to_yaml",
+    "variants_file",
 ]

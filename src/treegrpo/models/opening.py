@@ -22,6 +22,7 @@ from torch import nn
 from treegrpo.config import ModelConfig
 from treegrpo.errors import reason
 from treegrpo.models.adapters import add_lora, check_lora, check_lora_targets, load_lora
+from treegrpo.models.cache import cache_folder
 from treegrpo.models.components import Components
 from treegrpo.models.folder import (
     FAMILIES,
@@ -43,7 +44,6 @@ from treegrpo.models.switches import (
     quiet_libraries,
     switch_on,
 )
-from treegrpo.models.text import cache_folder
 
 # A component's name and the dtype of its weights to the component.
 Read = Callable[[str, torch.dtype], nn.Module]
@@ -87,7 +87,9 @@ def open_policy(
     )
     cache = None if model.embedding_cache is None else cache_folder(model.embedding_cache)
     dtype = getattr(torch, model.dtype)
-    policy = family(checkpoint, sampling, device=device, dtype=dtype, cache=cache)
+    limit = model.embedding_cache_gib
+    most = None if limit is None else limit * 2**30
+    policy = family(checkpoint, sampling, device=device, dtype=dtype, cache=cache, cache_bytes=most)
     if lora_folder is not None and weights:
         check_lora(policy, lora_folder)
     if model.lora_targets:
@@ -114,7 +116,7 @@ def load_weights(
     if train:
         check_trainable(model.path)
     all_trained = train and not model.lora_rank
-    if all_trained and read is None:
+    if all_trained:
         check_full_training(policy.checkpoint.folder)
     read = read or partial(policy.checkpoint.read, device=policy.device)
     policy.network = read(policy.network_name, torch.float32 if all_trained else policy.dtype)

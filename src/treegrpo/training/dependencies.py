@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from treegrpo.config import Config
+from treegrpo.models.cache import MANIFEST_FILE, cache_folder
 from treegrpo.models.components import Components
 from treegrpo.models.digests import file_digest, folder_digest
 from treegrpo.models.folder import SAMPLING_FILE, components
-from treegrpo.models.text import cache_folder
 
 
 def dependencies(config: Config, checkpoint: Components) -> dict[str, str]:
@@ -22,7 +22,7 @@ def dependencies(config: Config, checkpoint: Components) -> dict[str, str]:
     Those of the checkpoint's components, and of local files and folders that rewards' options name.
     """
     cache = config.model.embedding_cache
-    manifest = None if cache is None else cache_folder(cache) / "digests.json"
+    manifest = None if cache is None else cache_folder(cache) / MANIFEST_FILE
     paths = {
         f"model.path, {name}": checkpoint.folder / name
         for name in (*components(checkpoint.index), SAMPLING_FILE)
