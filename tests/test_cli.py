@@ -27,7 +27,8 @@ def _file(treegrpo: CommandLine) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["plan"], ["sample"], ["evaluate"], ["serve-reward"]]
+    "command",
+    [[], ["train"], ["plan"], ["sample"], ["evaluate"], ["compare"], ["serve-reward"]],
 )
 def test_help_answers(command: list[str], treegrpo: CommandLine) -> None:
     for flag in ("--help", "-h"):
@@ -207,6 +208,8 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(treegrpo: Command
         (["plan", "--processes", "3"], 2),
         (["sample", "miniature", "--prompt", "a cat", "--out", "no/such.png"], 2),
         (["evaluate", "miniature", "--json", "no/such.json"], 2),
+        (["compare", "--budget", "1"], 2),
+        (["compare", "model.path=./no"], 2),
         (["serve-reward", "compositon"], 2),
     ],
 )

@@ -78,7 +78,7 @@ def test_the_methods_settings_are_those_of_the_table() -> None:
     page = read("docs/methods.md")
     shared = page[page.index("All six have") : page.index("The rest, with defaults")]
     own = [f"| | {' | '.join(f'`{name}`' for name in BUILT_IN)} |", "|---" * 7 + "|"]
-    for key, default, _ in describe_fields():
+    for key, _, _ in describe_fields():
         section, _, name = key.partition(".")
         if section not in ("rollout", "advantage", "objective"):
             continue
@@ -86,7 +86,7 @@ def test_the_methods_settings_are_those_of_the_table() -> None:
         if len(methods) == len(BUILT_IN):
             assert f"`{name}`" in shared or f"`{key}`" in shared, key
         else:
-            cells = [f" {default} " if method in methods else " " for method in BUILT_IN]
+            cells = [f" {methods[method]} " if method in methods else " " for method in BUILT_IN]
             own.append(f"| `{key}` |{'|'.join(cells)}|")
     table = "\n".join(own)
     assert table in page, f"the table must be\n{table}"

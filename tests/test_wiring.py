@@ -330,7 +330,7 @@ ROLLOUT = [
         "branch_grpo",
         (*BRANCHES, "rollout.method=tree_grpo"),
         case="branch",
-        becomes=plans(1, (2, 1, 1), (T, T, T)),
+        becomes=plans(1, (2, 2, 1), (T, T, T)),
     ),
     Row(
         "rollout.method",
@@ -395,9 +395,9 @@ ROLLOUT = [
     Row(
         "rollout.split_steps",
         "null",
-        BRANCH,
+        (*BRANCH, "rollout.split_steps=[0]"),
         case="chosen",
-        becomes=plans(1, (2, 1, 1), (T, T, T)),
+        becomes=plans(1, (2, 2, 1), (T, T, T)),
     ),
     *for_each(
         {"flow": FLOW, "ddpo": DDPO},
@@ -436,7 +436,7 @@ ROLLOUT = [
         "1",
         (*BRANCHES, "rollout.method=branch_grpo"),
         case="chosen steps",
-        refused=r"= 2 leaves per prompt .*, more than max_leaves = 1$",
+        refused=r"= 4 leaves per prompt .*, more than max_leaves = 1$",
     ),
     *for_each(METHODS, "rollout.max_leaves", "1", refused=r"max_leaves"),
     time_and_memory_only(
@@ -493,7 +493,7 @@ ADVANTAGE = [
     *for_each(
         {"branch": BRANCH}, "advantage.eps", "1.0", changes=("advantages", "first_gradients")
     ),
-    *for_each({"branch": BRANCH}, "advantage.ddof", "1", changes=("advantages", "first_gradients")),
+    *for_each({"branch": BRANCH}, "advantage.ddof", "0", changes=("advantages", "first_gradients")),
 ]
 
 OBJECTIVE = [

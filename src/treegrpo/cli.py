@@ -1,4 +1,4 @@
-"""The command line: its six commands, the version, and errors.
+"""The command line: its seven commands, the version, and errors.
 
 Errors of the user's are one red line and exit code 2, without a traceback; a run that Ctrl-C ended
 has 130. The commands refuse what can be refused before torch is imported, so that help and mistakes
@@ -14,6 +14,7 @@ import typer
 
 from treegrpo import __version__
 from treegrpo.commands.cache import cache
+from treegrpo.commands.compare import compare
 from treegrpo.commands.evaluate import evaluate
 from treegrpo.commands.plan import plan
 from treegrpo.commands.sample import sample
@@ -38,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command(epilog=_CONFIG_KEYS)(train)
-for _command in (plan, sample, evaluate, serve_reward, cache):
+for _command in (plan, sample, evaluate, compare, serve_reward, cache):
     app.command()(_command)
 
 

@@ -160,6 +160,15 @@ def branch_grpo(
     return RolloutPlan(1, children, _all(steps, deterministic_final_step))
 
 
+def branch_grpo_splits(steps: int) -> tuple[int, ...]:
+    """BranchGRPO's published split steps, 0, 3, 6 and 9 of 20, in proportion to another number.
+
+    Those that fall on one step are one: few steps split less often.
+    """
+    nearest = ((2 * step * steps + 20) // 40 for step in (0, 3, 6, 9))
+    return tuple(sorted(set(nearest)))
+
+
 def _all(steps: int, deterministic_final_step: bool) -> tuple[bool, ...]:
     return (True,) * (steps - 1) + (not deterministic_final_step,)
 

@@ -102,6 +102,23 @@ def read_config(arguments: list[str] | None, problems: Problems) -> tuple[Config
     Raises:
         UserError: there are two files, or one cannot be read.
     """
+    path, overrides = file_and_changes(arguments)
+    try:
+        return load_config(path, overrides), frozenset()
+    except ConfigError as error:
+        if error.rest is None:
+            raise
+        with problems.collecting():
+            raise
+        return error.rest, error.faulty
+
+
+def file_and_changes(arguments: list[str] | None) -> tuple[Path | None, list[str]]:
+    """The configuration file, if one is given (a run's, for its folder), and the changes to it.
+
+    Raises:
+        UserError: there are two files.
+    """
     given = arguments or []
     overrides = [argument for argument in given if _OVERRIDE.match(argument)]
     paths = [argument for argument in given if not _OVERRIDE.match(argument)]
@@ -113,18 +130,8 @@ def read_config(arguments: list[str] | None, problems: Problems) -> tuple[Config
     path = Path(paths[0]).expanduser() if paths else None
     if path is not None and (path / CONFIG_FILE).is_file():
         # The run may have been moved.
-        overrides = [f"output={path}", *overrides]
-        path = path / CONFIG_FILE
-    elif path is not None:
-        path = configuration_file(str(path))
-    try:
-        return load_config(path, overrides), frozenset()
-    except ConfigError as error:
-        if error.rest is None:
-            raise
-        with problems.collecting():
-            raise
-        return error.rest, error.faulty
+        return path / CONFIG_FILE, [f"output={path}", *overrides]
+    return None if path is None else configuration_file(str(path)), overrides
 
 
 def model_section(path: str, **settings: Any) -> ModelConfig:

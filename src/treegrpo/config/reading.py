@@ -25,7 +25,9 @@ from treegrpo.textfile import read_utf8
 METHOD_SECTIONS = ("rollout", "advantage", "objective")
 
 
-def load_config(path: Path | None, overrides: list[str]) -> Config:
+def load_config(
+    path: Path | None, overrides: list[str], *, defaults: Mapping[str, Any] | None = None
+) -> Config:
     """The defaults, changed by a YAML file, changed by overrides.
 
     Where an override names another method than the file does, settings in the file that only the
@@ -34,17 +36,36 @@ def load_config(path: Path | None, overrides: list[str]) -> Config:
     Args:
         path: the YAML file; None: the defaults alone. A list in it replaces the default list.
         overrides: `key.path=value` each, see `parse_argument`; a number addresses a list's element.
+        defaults: by `key.path`, in place of the method's own.
 
     Raises:
         ConfigError: lists every problem with its key, value and what is allowed.
     """
     given = {} if path is None else _read_mapping(path)
     of_file = _method(given)
-    data, problems = _with(of_file, given, overrides)
+    data, problems = _with(of_file, given, overrides, defaults)
     method = _method(data)
     if method != of_file:
-        data, problems = _with(method, _without_own(of_file, method, given), overrides)
+        own = _without_own(of_file, method, given)
+        data, problems = _with(method, own, overrides, defaults)
     return validated(data, problems)
+
+
+def method_in(path: Path | None) -> str:
+    """The name of the method that a configuration file is for.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    return _method({} if path is None else _read_mapping(path))
+
+
+def has_setting(method: str, key: str) -> bool:
+    """Whether a key of the sections that belong to the method is one of its; others always are."""
+    section, _, name = key.partition(".")
+    if section not in METHOD_SECTIONS:
+        return True
+    return name in getattr(_class_of(method).model_fields[section].annotation, "model_fields", {})
 
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -137,11 +158,16 @@ def _class_of(method: str) -> type[Config]:
 
 
 def _with(
-    method: str, given: dict[Any, Any], overrides: list[str]
+    method: str,
+    given: dict[Any, Any],
+    overrides: list[str],
+    defaults: Mapping[str, Any] | None,
 ) -> tuple[dict[Any, Any], list[str]]:
     """The values, and what is wrong with overrides."""
     config, problems = _class_of(method), []
     data = config().model_dump(mode="json")
+    for key_path, value in (defaults or {}).items():
+        _set(data, key_path.split("."), value)
     _merge(data, given)
     for override in overrides:
         try:

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from treegrpo.methods.settings import AdvantageSettings, ObjectiveSettings, RolloutSettings
 from treegrpo.plan import PlanError, RolloutPlan
@@ -157,6 +157,18 @@ class Method(ABC):
     ) -> None:
         self.rollout, self.advantage, self.objective = rollout, advantage, objective
         self.seed = seed
+
+    @classmethod
+    def published(cls, *, flow: bool) -> Mapping[str, Any]:
+        """The settings with which the method was published, by key, where the defaults differ.
+
+        `treegrpo compare` takes them; sources are in docs/compare.md. They are about the method
+        alone: the job's steps, windows, group size and optimizer are the same for all.
+
+        Args:
+            flow: of a rectified flow, else of a diffusion model.
+        """
+        return {}
 
     # --- the plan ---
 

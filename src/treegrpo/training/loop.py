@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 import os
 import sys
+from collections.abc import Callable
 
 from treegrpo.checkpoint import check_space
 from treegrpo.config import Config
 from treegrpo.console import Display, Stop, stop_signal
 from treegrpo.errors import UserError
+from treegrpo.evaluation.results import Evaluation
 from treegrpo.finite import NotFiniteError
 from treegrpo.report.model_card import write_model_card
 from treegrpo.report.run import TrainingResult, show_result, write_report
@@ -27,10 +29,20 @@ from treegrpo.training.held_out import HeldOut
 from treegrpo.training.metrics import Stopwatch, is_due
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> TrainingResult:
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    finished: Callable[[Evaluation, Evaluation], None] | None = None,
+) -> TrainingResult:
     """Train as configured; everything about the run is written to `config.output`.
 
     The first Ctrl-C ends the run after its iteration, which the result says; the second, at once.
+
+    Args:
+        finished: is given the first and the last evaluation, with their pictures, and says in place
+            of the closing table what came of it.
 
     Raises:
         UserError: a setting, folder, model or prompt list that cannot be used; nothing was done.
@@ -68,7 +80,10 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> T
         tracker.finish()
         # A launcher ends all processes when one ends with the exit code of an interruption.
         engine.wait()
-    show_result(result, display)
+    if finished is None:
+        show_result(result, display)
+    else:
+        finished(held_out.before, held_out.last)
     return result
 
 
