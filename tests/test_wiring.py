@@ -560,7 +560,7 @@ TRAIN = [
         becomes={
             "iterations": 3,
             "learning_rates": approx([1e-2, 2e-2 / 3, 1e-2 / 3]),
-            "progress": [("1", "3"), ("3", "3")],
+            "progress": [(str(number), "3") for number in (1, 2, 3)],
             "embeddings": 6 + 2 + 1,
         },
         keeps=(*FIRST, "first_gradients"),

@@ -431,7 +431,7 @@ def _told(seen: _Seen, folder: Path, run: Path, messages: str) -> Observations:
             if path.is_file()
         ),
         "sampling": json.loads((run / run_folder.MODEL_FOLDER / "sampling.json").read_text()),
-        "progress": re.findall(r"^iteration (\d+)/(\d+)", messages, re.MULTILINE),
+        "progress": re.findall(r"^[\d:]+ iteration (\d+)/(\d+)", messages, re.MULTILINE),
         "messages": re.sub(r"\d+", "N", messages),
     }
     # Of the first iteration: before any weight has moved.
