@@ -299,7 +299,7 @@ def test_guard_by_hand() -> None:
     assert record["ratio_error"] == pytest.approx(max(abs(r - 1) for r in ratios), rel=1e-10)
 
     bare, _ = forest_of(behavior, plan)
-    with pytest.raises(ValueError, match="guard: the rollout was made without keep_means"):
+    with pytest.raises(ValueError, match="the rollout was made without keep_means"):
         next(losses(policy, bare, [advantage], guard=True))
 
 

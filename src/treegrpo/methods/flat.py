@@ -54,7 +54,7 @@ class DanceGRPO(FlowGRPO):
     trajectories = staticmethod(plan.dance_grpo)
 
 
-class MixGRPO(WindowMethod):
+class MixGRPO(WindowMethod, PolicyGradient):
     """Independent trajectories, stochastic and trained inside the window only."""
 
     rollout_settings = MixSettings

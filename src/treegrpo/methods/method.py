@@ -183,7 +183,9 @@ class Method(ABC):
         from treegrpo.transition import transitions
 
         settings = self.rollout
-        return transitions(schedule, plan.stochastic, settings.transition, settings.noise_level)
+        return transitions(
+            schedule, plan.stochastic, settings.transition, settings.noise_level, plan.levels
+        )
 
     def update_forwards(self, plan: RolloutPlan) -> int:
         """Forwards with gradient (rows) of one pass over one prompt's forest."""

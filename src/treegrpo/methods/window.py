@@ -12,8 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from treegrpo.methods.method import PlanShare
-from treegrpo.methods.policy_gradient import PolicyGradient
+from treegrpo.methods.method import Method, PlanShare
 from treegrpo.methods.settings import RolloutSettings
 from treegrpo.plan import RolloutPlan, WindowSchedule
 from treegrpo.settings import AtLeastOne, AtLeastZero, problem
@@ -34,6 +33,9 @@ class WindowSettings(RolloutSettings):
     """Shifting schedule: steps by which the window advances."""
     shift_every: AtLeastOne = 25
     """Shifting schedule: iterations between two advances."""
+    tail_steps: AtLeastOne | None = None
+    """Most deterministic steps after the window, of second order where that skips some; null: all
+    that are left, of first order."""
 
     @field_validator("window_size")
     @classmethod
@@ -58,7 +60,7 @@ class WindowSettings(RolloutSettings):
         return window_start
 
 
-class WindowMethod(PolicyGradient):
+class WindowMethod(Method):
     """A method whose plan depends on where the window stands."""
 
     rollout_settings = WindowSettings
@@ -86,7 +88,11 @@ class WindowMethod(PolicyGradient):
 
     def plan(self, iteration: int) -> RolloutPlan:
         """The plan with the window where its schedule has it."""
-        return self.plan_at(self.window.at(iteration))
+        return self._finished(self.plan_at(self.window.at(iteration)))
+
+    def _finished(self, plan: RolloutPlan) -> RolloutPlan:
+        tail_steps = self.rollout.tail_steps
+        return plan if tail_steps is None else plan.with_tail(tail_steps)
 
     def plans(self, iterations: int) -> tuple[PlanShare, ...]:
         """A plan per start of the window.
@@ -99,6 +105,6 @@ class WindowMethod(PolicyGradient):
             starts = Counter(self.window.at(iteration) for iteration in range(iterations))
             shares = {start: starts[start] / iterations for start in sorted(starts)}
         return tuple(
-            PlanShare(self.plan_at(start), share, f"window at {start}")
+            PlanShare(self._finished(self.plan_at(start)), share, f"window at {start}")
             for start, share in shares.items()
         )

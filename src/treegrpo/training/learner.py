@@ -79,7 +79,7 @@ class Learner:
             check_finite("the samples' advantages are", credit.leaves, *credit.edges)
         rate = self._set_learning_rate(iteration)
         conditioning = self.policy.encode([prompt.text for prompt in batch.prompts])
-        steps = batch.forest.plan.steps
+        steps = batch.forest.schedule.steps
         predict = self.policy.predictor(conditioning, steps, self._network)
         reference = self._at_reference(batch, conditioning)
         first, total, norm = self._optimize(predict, batch.forest, credit, reference, iteration)
@@ -153,7 +153,7 @@ class Learner:
         if not self._method.needs_reference:
             return None
         with self._initial_network() as network:
-            predict = self.policy.predictor(conditioning, batch.forest.plan.steps, network)
+            predict = self.policy.predictor(conditioning, batch.forest.schedule.steps, network)
             return self._method.reference(
                 predict, batch.forest, self.policy.device, self._settings.micro_batch
             )
