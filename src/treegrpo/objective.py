@@ -184,7 +184,8 @@ def endpoint_losses(
         endpoints = batch.endpoints(rollout).flatten(2)
         difference = endpoints - endpoints.mean(1, keepdim=True)
         spread = (difference.square().mean(-1) + _SMALLEST_SPREAD).sqrt()
-        local = (batch.advantage - batch.advantage.mean(1, keepdim=True)) / spread
+        advantage = batch.advantage.to(spread.dtype)
+        local = (advantage - advantage.mean(1, keepdim=True)) / spread
         left_out = torch.zeros_like(local, dtype=torch.bool)
         if max_divergence is not None:
             moved = (mean - batch.kept_mean).detach().flatten(1)
