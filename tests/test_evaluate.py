@@ -27,6 +27,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from treegrpo import cli
+from treegrpo.batch_size import BatchSize
 from treegrpo.config import ModelConfig
 from treegrpo.errors import UserError
 from treegrpo.evaluation import pair
@@ -159,7 +160,7 @@ def test_shares_join_to_the_whole(tiny_checkpoint: Path) -> None:
             policy,
             prompts,
             {"x": load_reward(REWARD)},
-            Draws(images_per_prompt=2, steps=2, seed=1, max_batch=max_batch),
+            Draws(images_per_prompt=2, steps=2, seed=1, max_batch=BatchSize(max_batch)),
             keep=[2, 0],
             share=share,
         )

@@ -31,6 +31,8 @@ SMALL = (
     "rollout.window_size=2",
     "rollout.window_schedule=fixed",
     "rollout.prompts_per_iteration=4",
+    "rollout.max_batch=512",
+    "rollout.decode_batch=512",
     "train.micro_batch=4",
     "rewards=[{name: jpeg_compressibility}]",
 )

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from treegrpo.batch_size import BatchSize
 from treegrpo.config import ModelConfig
 from treegrpo.evaluation.measure import evaluate
 from treegrpo.evaluation.sampling import Draws
@@ -80,7 +81,7 @@ def test_the_checkpoint_is_small_and_an_honest_base_model() -> None:
     prompts = load_prompts("miniature", "held_out")
     rows: list[int] = []
     policy.network.register_forward_hook(lambda *given: rows.append(len(given[-1][0])))
-    draws = Draws(images_per_prompt=2, steps=10, seed=1, max_batch=256)
+    draws = Draws(images_per_prompt=2, steps=10, seed=1, max_batch=BatchSize(256))
     result = evaluate(policy, prompts, accuracy, draws)
     assert 0.35 < result.mean("accuracy") < 0.65
     assert sum(rows) == len(prompts) * 2 * 10

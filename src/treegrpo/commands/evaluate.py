@@ -109,6 +109,7 @@ def evaluate(
         arguments.check_model(base, "--base")
     page = _check_outputs(json_file, page)
 
+    from treegrpo.batch_size import BatchSize
     from treegrpo.console import plain_console
     from treegrpo.evaluation.pair import describe_sampling, open_pair
     from treegrpo.evaluation.results import Comparison
@@ -132,7 +133,8 @@ def evaluate(
     }
     comparison = Comparison(model, base, given, list(options), seeds * images_per_prompt, settings)
     decode_batch = decode_batch_of(policies[-1])
-    draws = Draws(images_per_prompt, policies[-1].sampling.steps, 0, max_batch, decode_batch)
+    sampled = BatchSize(max_batch, "--max-batch")
+    draws = Draws(images_per_prompt, policies[-1].sampling.steps, 0, sampled, decode_batch)
     shown = [] if page is None else report.pictured(len(given))
     pictures: Pictures = {index: {role: [] for role in comparison.roles} for index in shown}
     console = plain_console()

@@ -12,7 +12,8 @@ import typer
 
 from treegrpo.commands.arguments import ConfigArguments, check_model, check_reward_of, read_config
 from treegrpo.config import Config, method_of, to_yaml
-from treegrpo.models.folder import check_trainable
+from treegrpo.methods.method import transition_kind
+from treegrpo.models.folder import check_trainable, is_diffusion
 from treegrpo.prompts import load_train_and_held_out
 from treegrpo.run_folder import check_run_folder
 from treegrpo.tracking import check_trackers
@@ -50,6 +51,7 @@ def _check(config: Config, *, resume: bool, overwrite: bool) -> None:
         check_reward_of(f"rewards.{index}.name", reward.name, reward.options)
     check_model(config.model.path, "model.path")
     check_trainable(config.model.path, in_full=not config.model.lora_rank)
+    transition_kind(config.rollout, is_flow=not is_diffusion(config.model.path))
     # Where there are several processes, the others may start after the first has begun to write.
     if os.environ.get("RANK", "0") == "0":
         check_run_folder(config, resume=resume, overwrite=overwrite)

@@ -203,7 +203,8 @@ def parse_argument(text: str, source: str, kinds: Sequence[Any] = ()) -> Any:
     Raises:
         ConfigError: a list or mapping in it is not valid YAML; says where.
     """
-    takes_text = any(_is_text(kind) for kind in kinds)
+    # A number beside words, such as "auto", is still a number.
+    takes_text = any(_is_text(kind) for kind in kinds) and int not in kinds
     try:
         node = yaml.compose(text, Loader=_ArgumentLoader)
     except yaml.YAMLError:

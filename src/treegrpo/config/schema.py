@@ -30,6 +30,7 @@ from treegrpo.settings import (
     RECORDED_ON_RESUME,
     AtLeastOne,
     AtLeastZero,
+    Batch,
     BelowOne,
     Name,
     Positive,
@@ -76,6 +77,9 @@ class ModelConfig(Section):
     embedding_cache: Annotated[Name | None, FREE_ON_RESUME] = "auto"
     """Folder of prompt embeddings, which are computed once, after which the text encoders leave
     memory; "auto": treegrpo in the user's cache folder; null: encoders and embeddings in memory."""
+    embedding_cache_gib: Annotated[Positive | None, FREE_ON_RESUME] = 50.0
+    """Most GiB of embeddings in that folder, of all models; those used longest ago are dropped
+    first; null: no limit."""
     gradient_checkpointing: Annotated[bool, FREE_ON_RESUME] = False
     """Recompute activations in the backward pass: much less memory, a third more time."""
     compile: bool = False
@@ -116,8 +120,9 @@ class TrainConfig(Section):
     """Passes over the samples of an iteration."""
     updates_per_iteration: AtLeastOne = 1
     """Optimizer steps per pass, each on an equal share of the iteration's prompts."""
-    micro_batch: Annotated[AtLeastOne, FREE_ON_RESUME] = 128
-    """Nodes per forward pass of an update; changes memory and time, not the gradient."""
+    micro_batch: Annotated[Batch, FREE_ON_RESUME] = "auto"
+    """Nodes per forward pass of an update, which changes memory and time, not the gradient; auto:
+    as many as fit into memory, at most 128; halved where memory runs out."""
     ema_decay: BelowOne | None = 0.9
     """Decay of the weights' moving average, which is then evaluated and exported; null: none."""
     seed: Seed = 0

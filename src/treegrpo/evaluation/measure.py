@@ -57,9 +57,11 @@ def sample_and_score(
     count, noises = draws.images_per_prompt, prompts_noises(policy, draws)
     for _ in range(share.start):
         next(noises)  # the other prompts'
-    size = max(1, draws.max_batch // count)
-    for start in range(share.start, share.stop, size):
+    start = share.start
+    while start < share.stop:
+        size = max(1, draws.max_batch.rows // count)
         indices = range(start, min(start + size, share.stop))
+        start = indices.stop
         part = [prompts[index] for index in indices]
         images = sample(policy, [prompt.text for prompt in part], draws, noises)
         texts = [prompt.text for prompt in part for _ in range(count)]

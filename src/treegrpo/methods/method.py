@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from treegrpo.advantage import EdgeAdvantages
     from treegrpo.objective import Loss
     from treegrpo.rollout import Predict, Rollout
-    from treegrpo.transition import Reduction, Schedule, Transition
+    from treegrpo.transition import Reduction, Schedule, Transition, TransitionKind
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,21 @@ class Update:
     reference: Sequence[Tensor] | None
     prompts: slice
     micro_batch: int
+
+
+def transition_kind(settings: RolloutSettings, *, is_flow: bool) -> TransitionKind:
+    """The stochastic step that is set, or else the model family's own.
+
+    Raises:
+        PlanError: it is another family's.
+    """
+    kind = settings.transition
+    if not is_flow and kind in ("flow_sde", "dance_sde"):
+        raise PlanError(
+            f"rollout.transition: got {kind}, which is for flow models; must be null, ddim or cps "
+            "for a diffusion model"
+        )
+    return kind or ("flow_sde" if is_flow else "ddim")
 
 
 class Method(ABC):
@@ -183,9 +198,8 @@ class Method(ABC):
         from treegrpo.transition import transitions
 
         settings = self.rollout
-        return transitions(
-            schedule, plan.stochastic, settings.transition, settings.noise_level, plan.levels
-        )
+        kind = transition_kind(settings, is_flow=schedule.is_flow)
+        return transitions(schedule, plan.stochastic, kind, settings.noise_level, plan.levels)
 
     def update_forwards(self, plan: RolloutPlan) -> int:
         """Forwards with gradient (rows) of one pass over one prompt's forest."""

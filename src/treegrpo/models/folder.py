@@ -32,6 +32,9 @@ FAMILIES = {
     "WanPipeline": "treegrpo.models.wan:Wan",
 }
 
+# Those of diffusion models; the others are rectified flows.
+_DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
+
 # What a component's folder must hold: its configuration, and for models one of these weights.
 _CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 _WEIGHTS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -134,6 +137,12 @@ def check_checkpoint(folder: Path, field: str = "model.path", *, weights: bool =
         # Its bytes are its vocabulary.
         if name.startswith("tokenizer") and index[name][1] != "ByT5Tokenizer":
             _check_tokenizer(folder / name, field, weights)
+
+
+def is_diffusion(path: str) -> bool:
+    """Whether a checkpoint in a folder is a diffusion model; of a hub's nothing is known here."""
+    index = Path(resolve(path)) / INDEX_FILE
+    return index.is_file() and read_json(index).get("_class_name") in _DIFFUSION
 
 
 def check_trainable(path: str, *, in_full: bool = False) -> None:

@@ -38,6 +38,7 @@ from treegrpo.run_folder import (
     drop_lines_from,
     located,
 )
+from treegrpo.training.batches import BatchSizes, batch_sizes
 from treegrpo.training.collector import Collector
 from treegrpo.training.dependencies import dependencies
 from treegrpo.training.engine import Engine
@@ -78,6 +79,7 @@ class Run:
     collector: Collector
     learner: Learner
     reward_metrics: RewardMetrics
+    batches: BatchSizes
     progress: Progress = field(default_factory=Progress)
     warnings: list[str] = field(default_factory=list)
     dependencies: dict[str, str] = field(default_factory=dict)
@@ -95,7 +97,7 @@ class Run:
             NotFiniteError: the model's outputs or images are not finite.
         """
         config = self.config
-        settings, rollout = config.evaluation, config.rollout
+        settings = config.evaluation
         with self.naming_stage(), self.learner.averaged(), self.engine.failing_together():
             own = evaluate(
                 self.policy,
@@ -103,10 +105,10 @@ class Run:
                 self.rewards,
                 Draws(
                     settings.images_per_prompt,
-                    rollout.steps,
+                    config.rollout.steps,
                     settings.seed,
-                    rollout.max_batch,
-                    rollout.decode_batch,
+                    self.batches.max_batch,
+                    self.batches.decode_batch,
                 ),
                 share=self.engine.consecutive_share(len(self.held_out)),
                 keep=evenly_spaced(len(self.held_out), PICTURED_PROMPTS),
@@ -229,16 +231,21 @@ def build(config: Config, *, resume: bool = False) -> Run:
     if resume and engine.is_main:
         check_dependencies(config, digests)
 
+    say = print if engine.is_main else lambda text: None
+    warnings = [*engine.warnings, *_shared_prompts(train_prompts, all_held_out)]
+    batches = batch_sizes(config, policy, engine, warnings, say)
     # Before the network is read: the text encoders may be as large.
     left = config.train.iterations - progress.iteration
     upcoming = sampler.upcoming(left * config.rollout.prompts_per_iteration)
     texts = [prompt.text for prompt in [*held_out, *upcoming]]
-    policy.prepare(engine.share_on_host(texts), print if engine.is_main else lambda text: None)
+    policy.prepare(engine.share_on_host(texts), say)
     engine.wait()
 
     load_weights(policy, config.model, train=True)
-    failed = config.output / FAILED_REWARD_FOLDER
-    warnings = [*engine.warnings, *_shared_prompts(train_prompts, all_held_out)]
+    failed, sampled = (
+        config.output / FAILED_REWARD_FOLDER,
+        (batches.max_batch, batches.decode_batch),
+    )
     return Run(
         config,
         engine,
@@ -247,9 +254,10 @@ def build(config: Config, *, resume: bool = False) -> Run:
         rewards,
         held_out,
         sampler,
-        Collector(config, policy, method, rewards, engine, failed),
-        Learner(policy, method, config.train, engine, warnings),
+        Collector(config, policy, method, rewards, engine, *sampled, failed),
+        Learner(policy, method, config.train, engine, batches.micro_batch, warnings),
         RewardMetrics(config),
+        batches,
         progress,
         warnings,
         digests,

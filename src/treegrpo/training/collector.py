@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from treegrpo.batch_size import BatchSize
 from treegrpo.config import Config
 from treegrpo.finite import Watched, check_finite
 from treegrpo.images import as_pictures
@@ -49,6 +50,7 @@ class Collector:
     """Makes batches.
 
     Args:
+        max_batch, decode_batch: rows of a rollout's forward, and decoded at once.
         failed_folder: where a failing reward leaves its images.
 
     Attributes:
@@ -62,8 +64,11 @@ class Collector:
         method: Method,
         rewards: Mapping[str, Reward],
         engine: Engine,
+        max_batch: BatchSize,
+        decode_batch: BatchSize,
         failed_folder: Path,
     ) -> None:
+        self._max_batch, self._decode_batch = max_batch, decode_batch
         self._config, self._settings, self._seed = config, config.rollout, config.train.seed
         self._policy, self._method, self._engine = policy, method, engine
         self.rewards, self._failed_folder = rewards, failed_folder
@@ -120,9 +125,7 @@ class Collector:
                 with watch("rollout"):
                     forests.append(self._grow(prompts[part], numbers[part], plan, iteration))
                 with watch("decode"):
-                    leaves = forests[-1].leaves.flatten(0, 1)
-                    frames = max(self._frames.values())
-                    images = self._policy.decode(leaves, settings.decoded_at_once, frames=frames)
+                    images = self._decode(forests[-1].leaves.flatten(0, 1))
                     check_finite("the decoder's images are", images)
                     images = as_pictures(images.cpu() if settings.offload else images)
                 with watch("reward"):
@@ -141,33 +144,43 @@ class Collector:
         plan: RolloutPlan,
         iteration: int,
     ) -> Rollout:
-        settings, policy, method = self._settings, self._policy, self._method
+        settings, policy = self._settings, self._policy
         # Each of the iteration's prompts has a generator of its own: what it draws depends neither
         # on the batches nor on the processes, and a resumed run draws what the unbroken one would.
         first = (self._seed * 1_000_003 + iteration) * 2**20
-        generators = [
-            torch.Generator(policy.device).manual_seed((first + number) % 2**63)
-            for number in numbers
-        ]
-        noise = torch.stack([policy.noise(plan.roots, generator) for generator in generators])
         schedule = policy.schedule(settings.steps)
         conditioning = policy.encode([prompt.text for prompt in prompts])
         check_finite("the prompts' embeddings are", *conditioning.values())
-        predict = Watched(policy.predictor(conditioning, settings.steps))
-        forest = rollout(
-            predict,
-            noise.cpu() if settings.offload else noise,
-            plan,
-            schedule,
-            method.transitions(schedule, plan),
-            max_batch=settings.max_batch,
-            reduction=method.reduction,
-            generator=generators,
-            keep_means=method.keep_means,
-            device=policy.device,
+
+        def grow(rows: int) -> Rollout:
+            generators = [
+                torch.Generator(policy.device).manual_seed((first + number) % 2**63)
+                for number in numbers
+            ]
+            noise = torch.stack([policy.noise(plan.roots, generator) for generator in generators])
+            predict = Watched(policy.predictor(conditioning, settings.steps))
+            forest = rollout(
+                predict,
+                noise.cpu() if settings.offload else noise,
+                plan,
+                schedule,
+                self._method.transitions(schedule, plan),
+                max_batch=rows,
+                reduction=self._method.reduction,
+                generator=generators,
+                keep_means=self._method.keep_means,
+                device=policy.device,
+            )
+            predict.check()
+            return forest
+
+        return self._max_batch.fit(grow, len(prompts) * max(plan.widths[:-1]))
+
+    def _decode(self, leaves: Tensor) -> Tensor:
+        frames = max(self._frames.values())
+        return self._decode_batch.fit(
+            lambda rows: self._policy.decode(leaves, rows, frames=frames), len(leaves)
         )
-        predict.check()
-        return forest
 
     def _score(
         self, images: Tensor, prompts: Sequence[Prompt], pool: ThreadPoolExecutor

@@ -15,6 +15,7 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
+from treegrpo.batch_size import BatchSize
 from treegrpo.config import TrainConfig
 from treegrpo.finite import NotFiniteError, check_finite
 from treegrpo.methods import Credit, Method, Update
@@ -30,11 +31,10 @@ class Learner:
     """A policy that learns.
 
     Args:
+        micro_batch: rows of an update's forward.
         warnings: takes what is to be told.
 
     Attributes:
-        policy: its network is the bare one, which alone can be exported, and which samples without
-            waiting for other processes.
         parameters: those that are trained.
         optimizer: AdamW over them.
         average: their moving average, if one is kept.
@@ -47,9 +47,11 @@ class Learner:
         method: Method,
         settings: TrainConfig,
         engine: Engine,
+        micro_batch: BatchSize,
         warnings: list[str],
     ) -> None:
         self.policy, self._method, self._settings, self._engine = policy, method, settings, engine
+        self._micro_batch = micro_batch
         self.parameters = [p for p in policy.network.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             self.parameters,
@@ -58,7 +60,7 @@ class Learner:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self._network, self.optimizer = engine.prepare(policy.network, optimizer)
+        self.optimizer = engine.prepare(self.parameters, optimizer)
         decay = settings.ema_decay
         self.average = None if decay is None else EMAModel(self.parameters, decay=decay)
         # With LoRA, the initial model is the network without its adapters.
@@ -79,9 +81,9 @@ class Learner:
             check_finite("the samples' advantages are", credit.leaves, *credit.edges)
         rate = self._set_learning_rate(iteration)
         conditioning = self.policy.encode([prompt.text for prompt in batch.prompts])
-        steps = batch.forest.schedule.steps
-        predict = self.policy.predictor(conditioning, steps, self._network)
-        reference = self._at_reference(batch, conditioning)
+        predict = self.policy.predictor(conditioning, batch.forest.schedule.steps)
+        with self._engine.failing_together():
+            reference = self._at_reference(batch, conditioning)
         first, total, norm = self._optimize(predict, batch.forest, credit, reference, iteration)
         return {
             **total.record(),
@@ -105,13 +107,21 @@ class Learner:
         first: dict[str, float] = {}
         total, norms = UpdateMetrics(), []
         for start in [*range(0, prompts, share)] * settings.inner_epochs:
-            metrics = UpdateMetrics()
             part = slice(start, start + share)
-            update = Update(forest, credit, reference, part, settings.micro_batch)
-            for loss in self._method.losses(predict, update):
-                # Processes exchange gradients once a step, with its last micro-batch.
-                self._engine.backward(loss.value, self._network, exchange=loss.is_last)
-                metrics.add(loss)
+
+            def add_gradient(rows: int, part: slice = part) -> UpdateMetrics:
+                self.optimizer.zero_grad()  # of an attempt that ran out of memory halfway
+                metrics = UpdateMetrics()
+                for loss in self._method.losses(
+                    predict, Update(forest, credit, reference, part, rows)
+                ):
+                    self._engine.backward(loss.value)
+                    metrics.add(loss)
+                return metrics
+
+            with self._engine.failing_together():
+                metrics = self._micro_batch.fit(add_gradient, share * forest.plan.leaves)
+            self._engine.average_gradient(self.parameters)
             if not first:
                 first = self._over_processes(metrics).record()
                 if iteration == 0:
@@ -153,9 +163,11 @@ class Learner:
         if not self._method.needs_reference:
             return None
         with self._initial_network() as network:
-            predict = self.policy.predictor(conditioning, batch.forest.schedule.steps, network)
-            return self._method.reference(
-                predict, batch.forest, self.policy.device, self._settings.micro_batch
+            forest, device = batch.forest, self.policy.device
+            predict = self.policy.predictor(conditioning, forest.schedule.steps, network)
+            return self._micro_batch.fit(
+                lambda rows: self._method.reference(predict, forest, device, rows),
+                len(forest.leaves) * forest.plan.leaves,
             )
 
     @contextmanager

@@ -130,6 +130,7 @@ def iterate(run: Run) -> dict[str, float]:
         **{name: run.engine.mean(value) for name, value in credit.metrics.items()},
         **({"window_start": plan.stochastic_steps[0]} if plan.stochastic_steps else {}),
         "rollout_forwards": batch.forest.forwards * run.engine.processes,
+        **run.batches.record(),
         **times,
     }
     progress.iteration += 1
