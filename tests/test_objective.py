@@ -101,9 +101,13 @@ def backward(each_loss: Iterator[Loss], metrics: UpdateMetrics | None = None) ->
     return total
 
 
-def gradient(policy: Policy, run: Callable[[], None]) -> Tensor:
+def gradient(policy: Policy, run: Callable[[], object]) -> Tensor:
     policy.zero_grad()
     run()
+    return gradient_of(policy)
+
+
+def gradient_of(policy: Policy) -> Tensor:
     grads = [parameter.grad for parameter in policy.parameters()]
     return torch.cat([grad.flatten() for grad in grads if grad is not None])
 
@@ -458,7 +462,9 @@ def test_the_endpoint_objective_by_hand_in_any_micro_batches() -> None:
     for micro_batch in (None, 1, 5):
         metrics = UpdateMetrics()
         parts = endpoint_losses(policy, forest, advantages, micro_batch=micro_batch)
-        actual = gradient(policy, lambda p=parts, m=metrics: values.append(backward(p, m)))
+        policy.zero_grad()
+        values.append(backward(parts, metrics))
+        actual = gradient_of(policy)
         torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
         assert values[-1] == pytest.approx(values[0], rel=1e-9)
         assert metrics.forwards == PROMPTS * TREE.update_forwards
@@ -469,20 +475,18 @@ def test_the_endpoint_objective_knows_differences_between_siblings_only() -> Non
     """What siblings share, in value or in their endpoints, teaches nothing."""
     policy = Policy()
     forest, advantages = forest_of(policy)
-    first = gradient(policy, lambda: backward(endpoint_losses(policy, forest, advantages)) and None)
+    first = gradient(policy, lambda: backward(endpoint_losses(policy, forest, advantages)))
     shifted = tuple(
         edges + torch.randn(*edges.shape[:1], edges.shape[1] // 3, 1).expand(-1, -1, 3).flatten(1)
         for edges in advantages
     )
-    again = gradient(policy, lambda: backward(endpoint_losses(policy, forest, shifted)) and None)
+    again = gradient(policy, lambda: backward(endpoint_losses(policy, forest, shifted)))
     torch.testing.assert_close(again, first, rtol=1e-5, atol=1e-7)
     same_ends = replace(forest, leaves=forest.leaves[:, :1].expand_as(forest.leaves))
-    nothing = gradient(
-        policy, lambda: backward(endpoint_losses(policy, same_ends, advantages)) and None
-    )
+    nothing = gradient(policy, lambda: backward(endpoint_losses(policy, same_ends, advantages)))
     assert nothing.abs().max() < 1e-12  # the mean of equal numbers is rounded
     flat, edges = forest_of(policy, flow_grpo(STEPS, group_size=4))
-    nothing = gradient(policy, lambda: backward(endpoint_losses(policy, flat, edges)) and None)
+    nothing = gradient(policy, lambda: backward(endpoint_losses(policy, flat, edges)))
     assert nothing.abs().max() < 1e-12
 
 
@@ -555,8 +559,9 @@ def test_a_trust_region_leaves_out_what_has_moved_far_and_is_favoured(
             one = torch.zeros_like(advantage)
             one[prompt, child] = advantage[prompt, child]
             if objective is losses:
-                parts = objective(policy, forest, [one], max_divergence=middle)
-                grown = gradient(policy, lambda p=parts: backward(p) and None)
+                policy.zero_grad()
+                backward(objective(policy, forest, [one], max_divergence=middle))
+                grown = gradient_of(policy)
                 assert (grown.abs().max() == 0) == bool(left_out[prompt, child])
     metrics = UpdateMetrics()
     backward(objective(policy, forest, [advantage], max_divergence=middle), metrics)

@@ -373,7 +373,7 @@ def test_a_skipping_tail_is_of_second_order(family: str) -> None:
             tail = tuple(ode(schedule, *pair) for pair in pairwise(levels))
         forest = rollout(gaussian, x, plan, schedule, tail)
         assert forest.forwards == steps
-        return (forest.leaves - exact).norm().item()
+        return float((forest.leaves - exact).norm())
 
     assert 0.2 < error(192) / error(96) < 0.3
     assert 0.45 < error(192, first_order=True) / error(96, first_order=True) < 0.55
@@ -392,7 +392,7 @@ def test_multistep_integrates_the_line_through_two_clean_estimates(
         for alpha, sigma in zip(schedule.alpha, schedule.sigma, strict=True)
     ]
     step = multistep(schedule, before, level, after)
-    # x' / sigma' = x / sigma + integral of clean(r) / r^2 from rho' to rho; into sigma' = 0 by its limit.
+    # x' / sigma' = x / sigma + integral of clean(r) / r^2 from rho' to rho; sigma' = 0 is a limit.
     sigma = max(schedule.sigma[after], 1e-9)
     end = sigma / schedule.alpha[after]
     for clean, previous, noise in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.3, -1.2, 0.8)):

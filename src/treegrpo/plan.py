@@ -101,6 +101,11 @@ class RolloutPlan:
         return tuple(step for step, stochastic in enumerate(self.stochastic) if stochastic)
 
     @property
+    def skips(self) -> bool:
+        """Whether it leaves out levels of the schedule."""
+        return self.levels[-1] - self.levels[0] > self.steps
+
+    @property
     def edges(self) -> int:
         """Stochastic transitions per prompt, each of which gets an advantage."""
         return sum(self.widths[step + 1] for step in self.stochastic_steps)

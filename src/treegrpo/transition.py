@@ -131,8 +131,7 @@ def multistep(schedule: Schedule, before: int, level: int, after: int) -> Transi
     With the line through this estimate and the previous one in place of `clean`, the first-order
     step gains `weight * (clean - previous clean)`: rho-AB2 of DEIS (arXiv 2204.13902), on the clean
     estimate. DPM-Solver++(2M) draws its line along log(rho), so that the step into sigma' = 0,
-    which weighs most in a tail of few steps, must be of first order there. It need not here
-    (docs/performance.md has both tails' figures).
+    which weighs most in a tail of few steps, must be of first order there. It need not here.
 
     Args:
         before, level, after: where the previous step began, where this one begins and ends.

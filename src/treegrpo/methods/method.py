@@ -140,6 +140,8 @@ class Method(ABC):
     """Whether the losses need the Gaussian means with which the forest was sampled."""
     needs_reference: bool = False
     """Whether the losses need the initial model (`reference`)."""
+    tail_check_every: int = 0
+    """Iterations between two checks of tails that skip steps (`training/tails.py`); 0: never."""
     reference_on_cpu: bool = False
     """Whether a copy of the initial model waits in the CPU's memory between its uses."""
 

@@ -44,6 +44,7 @@ from treegrpo.training.dependencies import dependencies
 from treegrpo.training.engine import Engine
 from treegrpo.training.learner import Learner
 from treegrpo.training.metrics import RewardMetrics
+from treegrpo.training.tails import TailCheck
 
 PICTURED_PROMPTS = 8
 
@@ -78,6 +79,7 @@ class Run:
     sampler: PromptSampler
     collector: Collector
     learner: Learner
+    tail_check: TailCheck
     reward_metrics: RewardMetrics
     batches: BatchSizes
     progress: Progress = field(default_factory=Progress)
@@ -246,6 +248,7 @@ def build(config: Config, *, resume: bool = False) -> Run:
         config.output / FAILED_REWARD_FOLDER,
         (batches.max_batch, batches.decode_batch),
     )
+    collector = Collector(config, policy, method, rewards, engine, *sampled, failed)
     return Run(
         config,
         engine,
@@ -254,8 +257,9 @@ def build(config: Config, *, resume: bool = False) -> Run:
         rewards,
         held_out,
         sampler,
-        Collector(config, policy, method, rewards, engine, *sampled, failed),
+        collector,
         Learner(policy, method, config.train, engine, batches.micro_batch, warnings),
+        TailCheck(collector, method, engine, warnings),
         RewardMetrics(config),
         batches,
         progress,
