@@ -222,7 +222,9 @@ def _spies() -> Iterator[_Seen]:
         collect_rewards()
         if seen.stepped:  # a rollout after an update is the next iteration's
             seen.iteration, seen.stepped = seen.iteration + 1, False
-        seen.phase = "rollout" if any(plan.stochastic) else "evaluation"
+        starts_late = plan.levels[0] > 0  # a whole tail, to compare a shortened one with
+        samples = "rollout" if any(plan.stochastic) else "evaluation"
+        seen.phase = "tail_check" if starts_late else samples
         seen.noises.setdefault(seen.phase, []).append(noise)
         seen.offloaded.add((seen.phase, "noise", seen.is_on_cpu(noise)))
         seen.sampling = True
@@ -361,6 +363,10 @@ def _told(seen: _Seen, folder: Path, run: Path, messages: str) -> Observations:
         "plans": [
             (forest.plan.roots, forest.plan.branching, forest.plan.stochastic) for forest in forests
         ],
+        "levels": [forest.plan.levels for forest in forests],
+        "tail_checks": [
+            index for index, record in enumerate(metrics) if "tail_agreement" in record
+        ],
         "window": [int(record["window_start"]) for record in metrics],
         "sigmas": forests[0].schedule.sigma,
         "transitions": [
@@ -376,8 +382,9 @@ def _told(seen: _Seen, folder: Path, run: Path, messages: str) -> Observations:
         "image_sizes": sorted({tuple(call.images.shape[1:]) for call in calls["rollout"]}),
         "images_scored": [len(call.images) for call in calls["rollout"]],
         # What is learned from it.
-        "advantages": torch.cat(seen.advantages),
-        "ratios": torch.cat(seen.ratios),
+        # Of the clipped objective; others leave none.
+        "advantages": torch.cat([*seen.advantages, torch.empty(0)]),
+        "ratios": torch.cat([*seen.ratios, torch.empty(0)]),
         "clip_ranges": sorted(seen.clip_ranges),
         "clip_fractions": [record["clip_fraction"] for record in metrics],
         "losses": [record["loss"] for record in metrics],

@@ -50,6 +50,7 @@ from treegrpo.training.dependencies import dependencies
 from treegrpo.training.engine import Engine
 from treegrpo.training.learner import Learner, learning_rate
 from treegrpo.training.metrics import RewardMetrics, SilentRewards
+from treegrpo.training.tails import TailCheck
 
 PICTURED_PROMPTS = 8
 
@@ -86,6 +87,7 @@ class Run:
     sampler: PromptSampler
     collector: Collector
     learner: Learner
+    tail_check: TailCheck
     reward_metrics: RewardMetrics
     batches: BatchSizes
     silent_rewards: SilentRewards
@@ -303,6 +305,7 @@ def build(config: Config, *, resume: bool = False, phase: Phase = silent) -> Run
         config.output / FAILED_REWARD_FOLDER,
         (batches.max_batch, batches.decode_batch),
     )
+    collector = Collector(config, policy, method, rewards, engine, *sampled, failed)
     run = Run(
         config,
         engine,
@@ -311,8 +314,9 @@ def build(config: Config, *, resume: bool = False, phase: Phase = silent) -> Run
         rewards,
         held_out,
         sampler,
-        Collector(config, policy, method, rewards, engine, *sampled, failed),
+        collector,
         Learner(policy, method, config.train, engine, batches.micro_batch, warnings),
+        TailCheck(collector, method, engine, warnings),
         RewardMetrics(config),
         batches,
         SilentRewards([reward.key for reward in config.trained_rewards]),

@@ -94,7 +94,7 @@ class Learner:
             check_finite("the samples' advantages are", credit.leaves, *credit.edges)
         rate = self._set_learning_rate(iteration)
         conditioning = self.policy.encode([prompt.text for prompt in batch.prompts])
-        predict = self.policy.predictor(conditioning, batch.forest.plan.steps)
+        predict = self.policy.predictor(conditioning, batch.forest.schedule.steps)
         with self._engine.failing_together():
             reference = self._at_reference(batch, conditioning)
         first, total, norm = self._optimize(predict, batch.forest, credit, reference, iteration)
@@ -176,7 +176,7 @@ class Learner:
             return None
         with self._initial_network() as network:
             forest, device = batch.forest, self.policy.device
-            predict = self.policy.predictor(conditioning, forest.plan.steps, network)
+            predict = self.policy.predictor(conditioning, forest.schedule.steps, network)
             return self._micro_batch.fit(
                 lambda rows: self._method.reference(predict, forest, device, rows),
                 len(forest.leaves) * forest.plan.leaves,

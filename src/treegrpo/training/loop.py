@@ -163,6 +163,7 @@ def iterate(run: Run) -> dict[str, float]:
             # sample and score
             batch = run.collector.collect(prompts, plan, progress.iteration, watch)
             credit = run.method.credit(run.collector.scores(batch), batch.forest)  # credit
+            agreement = run.tail_check(batch, credit, progress.iteration, watch)
             with watch("update"):
                 learned = run.learner.update(batch, credit, progress.iteration)  # update
     except BaseException:
@@ -176,6 +177,7 @@ def iterate(run: Run) -> dict[str, float]:
         "iteration": progress.iteration,
         **run.reward_metrics.record(batch.everyones),
         **learned,
+        **agreement,
         **{name: run.engine.mean(value) for name, value in credit.metrics.items()},
         **({"window_start": plan.stochastic_steps[0]} if plan.stochastic_steps else {}),
         "rollout_forwards": batch.forest.forwards * run.engine.processes,
