@@ -165,7 +165,7 @@ def _study(
     """What is asked for, of which nothing has been looked at but names and values."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare runs in one process; start it without a launcher")
-    file, changes = file_and_changes(arguments)
+    file, changes = file_and_changes(arguments, otherwise="miniature-paper")
     shared = Shared(file, read_changes(changes))
     sweeps, tunes = read_grids("--sweep", sweep), read_grids("--tune", tune)
     both = {grid.key for grid in sweeps} & {grid.key for grid in tunes}
