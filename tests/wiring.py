@@ -38,6 +38,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import treegrpo.images
 import treegrpo.objective
+import treegrpo.report.curve
 import treegrpo.report.pictures
 import treegrpo.rollout
 from treegrpo import checkpoint, run_folder
@@ -274,7 +275,7 @@ def _spies() -> Iterator[_Seen]:
         # Pictures take longer than the training here.
         for picture in (
             treegrpo.report.pictures.before_after,
-            treegrpo.report.pictures.training_curve,
+            treegrpo.report.curve.training_curve,
         ):
             _replace(patch, picture, lambda *arguments, **settings: None)
         hook = register_optimizer_step_pre_hook(before_step)

@@ -1,7 +1,8 @@
 """The command line: its seven commands, the version, and errors.
 
-Errors of the user's are one red line and exit code 2, without a traceback. The commands refuse
-what can be refused before torch is imported, so that help and mistakes answer at once.
+Errors of the user's are one red line and exit code 2, without a traceback; a run that Ctrl-C ended
+has 130. The commands refuse what can be refused before torch is imported, so that help and mistakes
+answer at once.
 
 Left out: what the commands are given and do (`commands/`).
 """

@@ -49,7 +49,7 @@ _WRITTEN = (
 )
 
 # Options that say how a reward is asked, not what it answers: a server may have moved.
-_FREE_OPTIONS = {
+FREE_OPTIONS = {
     "batch_size",
     "concurrency",
     "device",
@@ -223,16 +223,17 @@ def _settings(config: Config) -> dict[tuple[str, ...], Any]:
         given["label"] = reward.key
         if reward.name.startswith(("http://", "https://")):
             given["name"] = "a server"
-        for option in _FREE_OPTIONS & given["options"].keys():
+        for option in FREE_OPTIONS & given["options"].keys():
             del given["options"][option]
-    return _flatten(settings)
+    return flatten(settings)
 
 
-def _flatten(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+def flatten(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """A tree's leaves, by the keys on the way to each."""
     flat: dict[tuple[str, ...], Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, (*prefix, name))
+            flat |= flatten(value, (*prefix, name))
         else:
             flat[(*prefix, name)] = value
     return flat

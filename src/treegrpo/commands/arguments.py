@@ -19,6 +19,9 @@ from treegrpo.errors import UserError
 from treegrpo.models.folder import check_checkpoint
 from treegrpo.rewards import check_reward
 
+# As shells have it for what Ctrl-C ended.
+INTERRUPTED = 130
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _OVERRIDE = re.compile(r"[\w.-]+=", re.ASCII)
 

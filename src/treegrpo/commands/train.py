@@ -10,7 +10,13 @@ from typing import Annotated
 
 import typer
 
-from treegrpo.commands.arguments import ConfigArguments, check_model, check_reward_of, read_config
+from treegrpo.commands.arguments import (
+    INTERRUPTED,
+    ConfigArguments,
+    check_model,
+    check_reward_of,
+    read_config,
+)
 from treegrpo.config import Config, method_of, to_yaml
 from treegrpo.methods.method import transition_kind
 from treegrpo.models.folder import check_trainable, is_diffusion
@@ -31,7 +37,12 @@ def train(
         bool, typer.Option("--overwrite", help="Replace the run in the output folder.")
     ] = False,
 ) -> None:
-    """Train a model."""
+    """Train a model.
+
+    The first Ctrl-C ends the run after its iteration, with what was trained evaluated and saved;
+    the second one ends it at once. Either way the exit code is 130, and --resume continues.
+    A setting, file or reward that cannot be used gives 2.
+    """
     config = read_config(arguments)
     if print_config:
         print(to_yaml(config), end="")
@@ -40,7 +51,12 @@ def train(
 
     from treegrpo.training import loop
 
-    loop.train(config, resume=resume, overwrite=overwrite)
+    try:
+        interrupted = loop.train(config, resume=resume, overwrite=overwrite).interrupted
+    except KeyboardInterrupt:
+        interrupted = True
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
 
 
 def _check(config: Config, *, resume: bool, overwrite: bool) -> None:

@@ -17,6 +17,7 @@ import torch
 
 from treegrpo import checkpoint
 from treegrpo.config import Config, method_of
+from treegrpo.console import Phase, silent
 from treegrpo.evaluation.measure import evaluate
 from treegrpo.evaluation.results import Evaluation
 from treegrpo.evaluation.sampling import Draws
@@ -28,6 +29,7 @@ from treegrpo.models.folder import check_trainable
 from treegrpo.models.opening import load_weights, open_policy
 from treegrpo.models.policy import Policy
 from treegrpo.prompts import Prompt, PromptSampler, load_train_and_held_out, overlap
+from treegrpo.readable import counted
 from treegrpo.rewards import Reward, check_prompts, load_reward
 from treegrpo.run_folder import (
     EVALUATIONS_FILE,
@@ -43,7 +45,7 @@ from treegrpo.training.collector import Collector
 from treegrpo.training.dependencies import dependencies
 from treegrpo.training.engine import Engine
 from treegrpo.training.learner import Learner
-from treegrpo.training.metrics import RewardMetrics
+from treegrpo.training.metrics import RewardMetrics, SilentRewards
 
 PICTURED_PROMPTS = 8
 
@@ -67,6 +69,7 @@ class Run:
         sampler: the training prompts, in the order in which they are drawn.
         warnings: to be told, once.
         dependencies: digests of the files that decide the numbers; on the main process.
+        phase: is told what begins.
     """
 
     config: Config
@@ -80,9 +83,11 @@ class Run:
     learner: Learner
     reward_metrics: RewardMetrics
     batches: BatchSizes
+    silent_rewards: SilentRewards
     progress: Progress = field(default_factory=Progress)
     warnings: list[str] = field(default_factory=list)
     dependencies: dict[str, str] = field(default_factory=dict)
+    phase: Phase = silent
     _saved: dict[str, Any] | None = None
     _saved_at: int | None = None
     _proven: bool = True
@@ -98,6 +103,12 @@ class Run:
         """
         config = self.config
         settings = config.evaluation
+        share = self.engine.consecutive_share(len(self.held_out))
+
+        def progress(done: int) -> None:
+            self.phase("evaluation", f"{done}/{counted(len(share), 'prompt')}")
+
+        self.phase("evaluation", f"of {counted(len(share), 'prompt')}")
         with self.naming_stage(), self.learner.averaged(), self.engine.failing_together():
             own = evaluate(
                 self.policy,
@@ -110,10 +121,11 @@ class Run:
                     self.batches.max_batch,
                     self.batches.decode_batch,
                 ),
-                share=self.engine.consecutive_share(len(self.held_out)),
+                share=share,
                 keep=evenly_spaced(len(self.held_out), PICTURED_PROMPTS),
                 frames={reward.key: reward.frames for reward in config.rewards},
                 keep_folder=config.output / FAILED_REWARD_FOLDER,
+                progress=progress,
             )
         return Evaluation.join(self.engine.everyones(own))
 
@@ -146,8 +158,13 @@ class Run:
         return 2 * self.learner.state_bytes() + export_bytes(self.policy)
 
     def save(self) -> None:
-        """Write the state from which `restore` continues exactly, if that has not been done."""
-        if self.engine.is_main and self._saved_at != self.progress.iteration:
+        """Write the state from which `restore` continues exactly, if that has not been done.
+
+        What an interruption left is not the state after any iteration: the earlier one stays.
+        """
+        is_new = self._saved_at != self.progress.iteration
+        if self.engine.is_main and is_new and self.learner.whole:
+            self.phase("saving")
             state = {
                 **vars(self.progress),
                 **self.learner.state_dict(),
@@ -155,6 +172,15 @@ class Run:
             }
             checkpoint.save_state(self.config.output, state)
             self._saved_at, self._proven = self.progress.iteration, False
+
+    def saved(self) -> str:
+        """What a run that ends now can go on from, in words."""
+        if self._saved_at is None:
+            return "nothing was saved"
+        return (
+            f"the state after {counted(self._saved_at, 'iteration')} is saved: continue with the "
+            "same command and --resume"
+        )
 
     def prove(self) -> None:
         """What was saved last is sound: an iteration or an evaluation went well from it."""
@@ -190,6 +216,7 @@ class Run:
 
     def export(self, folder: Path) -> None:
         """Write the trained model for diffusers."""
+        self.phase("saving")
         with self.learner.averaged():
             # LoRA weights name their base model, which must be found from any folder.
             export(self.policy, folder, located(self.config).model.path)
@@ -201,11 +228,12 @@ class Run:
         return max(0.0, min(remaining, limit - seconds))
 
 
-def build(config: Config, *, resume: bool = False) -> Run:
+def build(config: Config, *, resume: bool = False, phase: Phase = silent) -> Run:
     """Make the parts of a run.
 
     Args:
         resume: continue the run in the output folder, once `Run.restore` takes over its weights.
+        phase: is told what begins, here and in the run.
 
     Raises:
         UserError: something cannot be used; the network's weights have not been read.
@@ -213,6 +241,7 @@ def build(config: Config, *, resume: bool = False) -> Run:
     engine = Engine(config.model)
     method = method_of(config)
     plans = method.checked_plans(config.train.iterations)
+    phase("loading rewards")
     rewards = {reward.key: load_reward(reward.name, reward.options) for reward in config.rewards}
     train_prompts, all_held_out = load_train_and_held_out(config.prompts)
     held_out = all_held_out[: config.evaluation.max_prompts]
@@ -220,6 +249,7 @@ def build(config: Config, *, resume: bool = False) -> Run:
     config.check_shares(engine.processes)
     check_trainable(config.model.path, in_full=not config.model.lora_rank)
     torch.manual_seed(config.train.seed)
+    phase("opening the checkpoint")
     policy = open_policy(config.model, device=engine.device, steps=config.rollout.steps)
     schedule = policy.schedule(config.rollout.steps)
     for each in plans:  # refuses a step without a density before any sampling
@@ -227,20 +257,22 @@ def build(config: Config, *, resume: bool = False) -> Run:
     sampler = PromptSampler(train_prompts, config.train.seed)
     progress = Progress()
     saved = _find_place(config, sampler, progress) if resume else None
+    phase("checking files")
     digests = dependencies(config, policy.checkpoint) if engine.is_main else {}
     if resume and engine.is_main:
         check_dependencies(config, digests)
 
-    say = print if engine.is_main else lambda text: None
     warnings = [*engine.warnings, *_shared_prompts(train_prompts, all_held_out)]
-    batches = batch_sizes(config, policy, engine, warnings, say)
+    batches = batch_sizes(config, policy, engine, warnings, phase)
     # Before the network is read: the text encoders may be as large.
     left = config.train.iterations - progress.iteration
     upcoming = sampler.upcoming(left * config.rollout.prompts_per_iteration)
     texts = [prompt.text for prompt in [*held_out, *upcoming]]
-    policy.prepare(engine.share_on_host(texts), say, others=texts)
+    phase("encoding prompts")
+    policy.prepare(engine.share_on_host(texts), phase, others=texts)
     engine.wait()
 
+    phase("reading weights")
     load_weights(policy, config.model, train=True)
     failed, sampled = (
         config.output / FAILED_REWARD_FOLDER,
@@ -258,9 +290,11 @@ def build(config: Config, *, resume: bool = False) -> Run:
         Learner(policy, method, config.train, engine, batches.micro_batch, warnings),
         RewardMetrics(config),
         batches,
+        SilentRewards([reward.key for reward in config.trained_rewards]),
         progress,
         warnings,
         digests,
+        phase,
         saved,
         progress.iteration if resume else None,
     )

@@ -39,6 +39,8 @@ class Learner:
         optimizer: AdamW over them.
         average: their moving average, if one is kept.
         reference: a frozen copy of the initial network, where the losses need one.
+        whole: whether the parameters are those after a whole number of iterations. What interrupts
+            an update or an evaluation may leave others, which are not worth saving.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Learner:
         self.reference = copy.deepcopy(policy.network).requires_grad_(False) if has_copy else None
         if self.reference is not None and method.reference_on_cpu:
             self.reference.cpu()
-        self._warnings = warnings
+        self._warnings, self.whole = warnings, True
 
     def update(self, batch: Batch, credit: Credit, iteration: int) -> dict[str, float]:
         """An iteration's optimizer steps; returns their figures, over all processes.
@@ -85,6 +87,7 @@ class Learner:
         with self._engine.failing_together():
             reference = self._at_reference(batch, conditioning)
         first, total, norm = self._optimize(predict, batch.forest, credit, reference, iteration)
+        self.whole = True
         return {
             **total.record(),
             **{name: first[name] for name in self._method.first_update_metrics},
@@ -135,6 +138,7 @@ class Learner:
         norm = self._engine.clip_gradient(self.parameters, self._settings.max_grad_norm)
         if not math.isfinite(norm):
             raise NotFiniteError(f"the gradient of iteration {iteration} is not finite")
+        self.whole = False
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.average is not None:
@@ -192,11 +196,13 @@ class Learner:
             yield
             return
         self.average.store(self.parameters)
-        self.average.copy_to(self.parameters)
+        self.whole = False
         try:
+            self.average.copy_to(self.parameters)
             yield
         finally:
             self.average.restore(self.parameters)
+            self.whole = True
 
     # --- state ---
 
