@@ -103,8 +103,8 @@ def compare(
 ) -> None:
     """Compare methods, or settings of one, at equal cost.
 
-    Ctrl-C ends it with exit code 130, and the same command continues it. docs/compare.md says how costs are
-    counted and what each method is given.
+    Ctrl-C ends it with exit code 130, and the same command continues it. docs/compare.md says how
+    costs are counted and what each method is given.
     """
     study = _study(
         arguments,
