@@ -5,6 +5,7 @@ Left out: the comparison itself (`comparison/`).
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,7 +31,6 @@ from treegrpo.comparison.entries import (
 from treegrpo.comparison.study import Study
 from treegrpo.config import ABLATIONS, Config
 from treegrpo.errors import UserError
-from treegrpo.methods.registry import BUILT_IN
 from treegrpo.models.folder import check_trainable, is_diffusion, resolve
 from treegrpo.prompts import load_train_and_held_out
 from treegrpo.tracking import check_trackers
@@ -46,7 +46,7 @@ def compare(
         typer.Option(
             metavar="NAME,NAME,...",
             help="The methods; with --variants or --sweep, the configuration's own.",
-            show_default=",".join(BUILT_IN),
+            show_default="all built-in ones",
         ),
     ] = None,
     variants: Annotated[
@@ -169,6 +169,8 @@ def _study(
     """What is asked for, of which nothing has been looked at but names and values."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare runs in one process; start it without a launcher")
+    if not math.isfinite(factor):
+        raise UserError(f"--backward-cost: got {factor}; must be finite")
     file, changes = file_and_changes(arguments)
     shared = Shared(file, read_changes(changes))
     sweeps, tunes = read_grids("--sweep", sweep), read_grids("--tune", tune)
