@@ -423,7 +423,7 @@ def test_the_best_is_chosen_by_accuracy_where_there_is_one() -> None:
         (["rollout.window_sise=3"], 'rollout.window_sise: unknown key; did you mean "window_siz'),
         (["output=elsewhere"], "output: is decided by the comparison; use --output"),
         (["--tuning-seed", "2"], "--tuning-seed: got 2; must be none of the reported seeds, 0 to"),
-        (["--backward-cost", "nan"], "--backward-cost: got nan; must be finite"),
+        (["--backward-cost", "inf"], "--backward-cost: got inf; must be finite"),
         (["--budget", "3hours"], "--budget: got '3hours'; must be a number of forwards"),
         (
             ["--budget", "15000"],
