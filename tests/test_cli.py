@@ -158,7 +158,8 @@ def test_prompts_of_another_kind_are_refused_before_the_model_is_loaded(
     Path("own.txt").write_text("a red circle\na cat\n")
     arguments = ("prompts.train=own.txt", "prompts.held_out=miniature", "output=run")
     message = treegrpo.refusal("train", *arguments)
-    assert message.startswith("reward 'composition': prompt 'a cat' is not one of the miniature's")
+    for name in ("composition", "composition_accuracy"):
+        assert f"\n  reward '{name}': prompt 'a cat' is not one of the miniature's" in message
     assert not Path("run").exists()
 
 

@@ -227,14 +227,17 @@ def test_settings_of_other_methods_do_not_get_in_the_way() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rollout.trees=7", "rollout.trees: flow_grpo has no such setting; tree_grpo has"),
+        (
+            "rollout.trees=7",
+            "rollout.trees: flow_grpo has no such setting; tree_grpo and tree_endpoint have",
+        ),
         (
             "rollout.branching=2",
             "rollout.branching: flow_grpo has no such setting; tree_grpo and branch_grpo have",
         ),
         (
             "advantage.backup=uniform",
-            "advantage.backup: flow_grpo has no such setting; tree_grpo has",
+            "advantage.backup: flow_grpo has no such setting; tree_grpo and tree_endpoint have",
         ),
     ],
 )

@@ -76,8 +76,11 @@ def test_every_benchmark_has_the_quick_form_of_the_readme() -> None:
 
 def test_the_methods_settings_are_those_of_the_table() -> None:
     page = read("docs/methods.md")
-    shared = page[page.index("All six have") : page.index("The rest, with defaults")]
-    own = [f"| | {' | '.join(f'`{name}`' for name in BUILT_IN)} |", "|---" * 7 + "|"]
+    shared = page[page.index("All seven have") : page.index("The rest, with defaults")]
+    own = [
+        f"| | {' | '.join(f'`{name}`' for name in BUILT_IN)} |",
+        "|---" * (1 + len(BUILT_IN)) + "|",
+    ]
     for key, _, _ in describe_fields():
         section, _, name = key.partition(".")
         if section not in ("rollout", "advantage", "objective"):

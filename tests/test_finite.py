@@ -83,7 +83,8 @@ def test_a_damaged_checkpoint_is_told_by_every_command(
     prompt = ["--prompt", "a red circle", "--count", "1", "--out", "x.png"]
     assert _told(treegrpo("sample", str(model), *prompt, *drawn)) == stage
     assert not Path("x.png").exists()
-    assert _told(treegrpo("evaluate", str(model), "--rewards", REWARD, *drawn)) == stage
+    given = ("--prompts", "miniature", "--rewards", REWARD)
+    assert _told(treegrpo("evaluate", str(model), *given, *drawn)) == stage
     paths = [f"model.path={model}", "output=run", "model.embedding_cache=null"]
     told = _told(treegrpo("train", *SETTINGS, *paths))
     assert told.startswith(f"{stage}, {UNTRAINED}")

@@ -217,7 +217,7 @@ def test_training_all_of_quantised_weights_is_not_planned(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     # As of a hub's checkpoint, whose configuration is known late.
-    packed = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    packed = {"quantization_config": {"quant_method": "fbgemm_fp8"}}
     folder = edited(tiny_checkpoint, tmp_path / "packed", {"transformer/config.json": packed})
     with pytest.raises(ModelError, match=r"^model\.lora_rank: got 0, which trains all weights"):
         Measurements(4).skeleton(configuration(folder).model)

@@ -60,6 +60,8 @@ def brightness(images, prompts, metadata):
     '''Keeps a record; when the second process asks for the n-th time, something happens.'''
     global asked
     scores = images.mean((1, 2, 3))
+    if len(images) == 2 and not evaluating(prompts):  # the gray pictures before the model is read
+        return scores
     rank = os.environ.get("RANK", "0")
     world = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     name = f"{rank}-evaluation.jsonl" if evaluating(prompts) else f"{rank}.jsonl"

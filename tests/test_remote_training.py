@@ -43,8 +43,9 @@ class Mortal:
         self.left -= 1
         return composition(images, prompts, metadata)
 """
-# The evaluation before training, the first iteration, and one of the second iteration's batches.
-ANSWERS = 1 + PROMPTS + 1
+# The gray pictures, the evaluation before training, the first iteration, and one of the second
+# iteration's batches.
+ANSWERS = 2 + PROMPTS + 1
 
 
 @pytest.fixture(autouse=True)

@@ -63,6 +63,15 @@ FREE_OPTIONS = {
 }
 
 
+# Keys whose values may be files or folders.
+_FILES = (
+    ("model", "path"),
+    ("model", "lora_path"),
+    ("prompts", "train"),
+    ("prompts", "held_out"),
+)
+
+
 class RunError(UserError):
     """A run's folder that cannot be used as asked."""
 
@@ -78,8 +87,7 @@ def check_run_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
     folder = config.output
     if resume and overwrite:
         raise RunError("--resume and --overwrite: give one of them")
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"output: {folder} is a file; must be a folder")
+    check_is_folder(folder)
     if resume:
         if not (folder / STATE_FILE).is_file():
             raise RunError(f"output: {folder} holds no run to resume (no {STATE_FILE})")
@@ -98,12 +106,20 @@ def check_run_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
                 f"output: {folder} already holds a run; continue it with --resume, replace "
                 "it with --overwrite, or choose another folder with output=FOLDER"
             )
-        model = Path(config.model.path).expanduser().resolve()
-        if any(model.is_relative_to((folder / name).resolve()) for name in _WRITTEN):
-            raise RunError(
-                f"model.path: {config.model.path} belongs to the run in {folder}, which would be "
-                "replaced; choose another folder with output=FOLDER"
-            )
+        for section, key in _FILES:
+            given = getattr(getattr(config, section), key) or "miniature"
+            path = Path(given).expanduser().resolve()
+            if any(path.is_relative_to((folder / name).resolve()) for name in _WRITTEN):
+                raise RunError(
+                    f"{section}.{key}: {given} belongs to the run in {folder}, which would be "
+                    "replaced; choose another folder with output=FOLDER"
+                )
+
+
+def check_is_folder(folder: Path) -> None:
+    """Refuse an output, with a RunError, that is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"output: {folder} is a file; must be a folder")
 
 
 def check_dependencies(config: Config, found: Mapping[str, str]) -> None:
@@ -161,12 +177,18 @@ def prepare_folder(
 
 
 def located(config: Config) -> Config:
-    """With a model's folder by its whole path, which means the same wherever it is read."""
-    folder = Path(config.model.path).expanduser()
-    if config.model.path == "miniature" or not folder.is_dir():
-        return config
-    model = config.model.model_copy(update={"path": str(folder.resolve())})
-    return config.model_copy(update={"model": model})
+    """With the model's and the prompts' files by whole paths, which mean the same anywhere."""
+    changes: dict[str, dict[str, str]] = {}
+    for section, name in _FILES:
+        value = getattr(getattr(config, section), name)
+        path = Path(value or "").expanduser()
+        if value not in (None, "miniature") and path.exists():
+            changes.setdefault(section, {})[name] = str(path.resolve())
+    sections = {
+        section: getattr(config, section).model_copy(update=values)
+        for section, values in changes.items()
+    }
+    return config.model_copy(update=sections)
 
 
 def _check_same_settings(folder: Path, config: Config) -> None:
@@ -177,8 +199,6 @@ def _check_same_settings(folder: Path, config: Config) -> None:
     before, now = _settings(saved), _settings(config)
     free = set(marked(type(config), FREE_ON_RESUME))
     recorded = set(marked(type(config), RECORDED_ON_RESUME))
-    if config.train.learning_rate_schedule == "constant":
-        free.add(("train", "iterations"))  # otherwise they decide every step's learning rate
     changed = [key for key in _differing(before, now) if key not in free]
     if set(changed) - recorded:
         listed = [
@@ -202,6 +222,8 @@ def _notes(config: Config, iteration: int) -> str:
     notes = [line for line in lines if line.startswith(_NOTE)]
     before, now = _settings(load_config(path, [])), _settings(config)
     recorded = set(marked(type(config), RECORDED_ON_RESUME))
+    if config.train.learning_rate_schedule == "constant":
+        recorded.discard(("train", "iterations"))  # they steer nothing then
     notes += [
         f"{_NOTE}{iteration}: {'.'.join(key)} was {before[key]!r}, now {now[key]!r}"
         for key in _differing(before, now)
@@ -219,6 +241,10 @@ def _differing(
 def _settings(config: Config) -> dict[tuple[str, ...], Any]:
     """By key, for comparison."""
     settings = yaml.safe_load(to_yaml(located(config)))
+    for name in ("train", "held_out"):
+        path = Path(settings["prompts"][name] or "")
+        if path.is_absolute():  # the project may have been moved; the state knows the prompts
+            settings["prompts"][name] = path.name
     for given, reward in zip(settings["rewards"], config.rewards, strict=True):
         given["label"] = reward.key
         if reward.name.startswith(("http://", "https://")):

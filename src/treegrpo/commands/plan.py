@@ -22,9 +22,10 @@ from rich.table import Table
 from treegrpo.commands.arguments import ConfigArguments, check_model, check_output, read_config
 from treegrpo.config import Config, ModelConfig, changed, method_of
 from treegrpo.console import plain_console
-from treegrpo.errors import UserError
+from treegrpo.errors import Problems, UserError
 from treegrpo.methods.method import transition_kind
 from treegrpo.models.folder import check_trainable, is_diffusion
+from treegrpo.plan import PlanError
 
 if TYPE_CHECKING:
     from treegrpo.memory import Advice, Batches, Estimate
@@ -145,14 +146,21 @@ def plan(
     ] = None,
 ) -> None:
     """Say what an iteration takes of forwards and of memory, without reading any weight."""
-    config = read_config(arguments)
-    limit = None if memory is None else parse_memory(memory)
-    check_model(config.model.path, "model.path", weights=False)
-    check_trainable(config.model.path, in_full=not config.model.lora_rank)
-    transition_kind(config.rollout, is_flow=not is_diffusion(config.model.path))
-    check_output(json_file, "--json")
-    config.check_shares(processes)
-    method_of(config).checked_plans(config.train.iterations)
+    problems, limit = Problems(), None
+    config, faulty = read_config(arguments, problems)
+    with problems.collecting():
+        limit = None if memory is None else parse_memory(memory)
+    with problems.collecting():
+        check_model(config.model.path, "model.path", weights=False)
+        check_trainable(config.model.path, in_full=not config.model.lora_rank)
+    with problems.collecting():
+        check_output(json_file, "--json")
+    if not faulty & {"rollout", "train"}:
+        with problems.collecting(PlanError):
+            transition_kind(config.rollout, is_flow=not is_diffusion(config.model.path))
+            config.check_shares(processes)
+            method_of(config).checked_plans(config.train.iterations)
+    problems.refuse()
 
     from treegrpo.memory import LEAST, Batches, Measurements, automatic, estimate, fitting, suggest
 

@@ -93,14 +93,27 @@ class ModelConfig(Section):
     """Rank of the trained LoRA adapters; 0 trains all weights."""
     lora_alpha: Positive | None = None
     """LoRA scale before division by the rank; null: twice the rank."""
+    lora_path: Name | None = None
+    """LoRA weights of lora_rank that training starts from, a file or a folder; null: fresh ones."""
     lora_targets: Annotated[list[Name], Field(min_length=1)] | None = None
     """Names of the layers that get an adapter; null: the attention layers of the model's family."""
+
+    @field_validator("lora_path")
+    @classmethod
+    def _starts_adapters(cls, lora_path: str | None, info: ValidationInfo) -> str | None:
+        if lora_path is not None and info.data.get("lora_rank") == 0:
+            raise problem(
+                lora_path,
+                "must be null where lora_rank is 0, which trains all weights; set model.lora_rank "
+                "to the rank of these weights",
+            )
+        return lora_path
 
 
 class TrainConfig(Section):
     """The optimization and the run."""
 
-    iterations: AtLeastOne = 80
+    iterations: Annotated[AtLeastOne, RECORDED_ON_RESUME] = 80
     """Iterations, each of one rollout and its updates."""
     learning_rate: Annotated[Positive, RECORDED_ON_RESUME] = 2e-4
     """Learning rate of AdamW after the warmup."""
@@ -178,6 +191,9 @@ class EvaluationConfig(Section):
     """Iterations between evaluations; 0: only before and after training."""
     images_per_prompt: AtLeastOne = 4
     """Images per held-out prompt."""
+    steps: AtLeastOne | None = None
+    """Denoising steps of evaluations, which the trained model is then exported with; null: those of
+    rollouts."""
     max_prompts: AtLeastOne | None = None
     """Use only the first so many held-out prompts; null: all."""
     seed: Seed = 0
@@ -288,6 +304,11 @@ class Config(Section):
                 f"rollout.prompts_per_iteration: got {prompts}; must be a multiple of {processes} "
                 f"processes x {updates} updates per iteration"
             )
+
+    @property
+    def evaluation_steps(self) -> int:
+        """Denoising steps of evaluations."""
+        return self.evaluation.steps or self.rollout.steps
 
     @property
     def trained_rewards(self) -> list[RewardConfig]:

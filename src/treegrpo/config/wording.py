@@ -6,7 +6,7 @@ Left out: the configuration itself (`schema.py`).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Literal, get_args, get_origin
 
@@ -14,13 +14,28 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from treegrpo.config.schema import Config, config_class
-from treegrpo.errors import UserError
+from treegrpo.errors import UserError, together
 from treegrpo.methods.registry import BUILT_IN
 from treegrpo.settings import section_of, shown
 
 
 class ConfigError(UserError):
-    """The configuration cannot be used; the message lists every problem, one per line."""
+    """The configuration cannot be used; the message lists every problem, one per line.
+
+    Attributes:
+        problems: each of them.
+        rest: the configuration with the defaults of the keys that are wrong; None: it is not known.
+        faulty: the sections that these keys are in.
+    """
+
+    def __init__(
+        self, *problems: str, rest: Config | None = None, faulty: Iterable[str] = ()
+    ) -> None:
+        message = problems[0]
+        if len(problems) > 1:
+            message = together("the configuration has", problems)
+        super().__init__(message)
+        self.problems, self.rest, self.faulty = problems, rest, frozenset(faulty)
 
 
 def describe_fields() -> Iterator[tuple[str, str, str]]:

@@ -79,7 +79,7 @@ class DanceGRPO(FlowGRPO):
         return {"rollout.transition": "dance_sde", "rollout.noise_level": 0.3, **advantage}
 
 
-class MixGRPO(WindowMethod):
+class MixGRPO(WindowMethod, PolicyGradient):
     """Independent trajectories, stochastic and trained inside the window only."""
 
     rollout_settings = MixSettings

@@ -140,6 +140,8 @@ class Method(ABC):
     """Whether the losses need the Gaussian means with which the forest was sampled."""
     needs_reference: bool = False
     """Whether the losses need the initial model (`reference`)."""
+    tail_check_every: int = 0
+    """Iterations between two checks of tails that skip steps (`training/tails.py`); 0: never."""
     reference_on_cpu: bool = False
     """Whether a copy of the initial model waits in the CPU's memory between its uses."""
 
@@ -211,7 +213,7 @@ class Method(ABC):
 
         settings = self.rollout
         kind = transition_kind(settings, is_flow=schedule.is_flow)
-        return transitions(schedule, plan.stochastic, kind, settings.noise_level)
+        return transitions(schedule, plan.stochastic, kind, settings.noise_level, plan.levels)
 
     def update_forwards(self, plan: RolloutPlan) -> int:
         """Forwards with gradient (rows) of one pass over one prompt's forest."""

@@ -29,8 +29,8 @@ class RolloutSettings(Section):
     """How the samples of a prompt are grown."""
 
     method: Name = "tree_grpo"
-    """How samples are grown and learned from: tree_grpo, mix_grpo, flow_grpo, dance_grpo,
-    branch_grpo, ddpo, or "module:Class" of your own."""
+    """How samples are grown and learned from: tree_grpo, tree_endpoint, mix_grpo, flow_grpo,
+    dance_grpo, branch_grpo, ddpo, or "module:Class" of your own."""
     steps: AtLeastOne = 10
     """Denoising steps of a sample."""
     transition: Literal["flow_sde", "dance_sde", "cps", "ddim"] | None = None
@@ -98,18 +98,26 @@ class ObjectiveSettings(Section):
     """What an update maximizes."""
 
 
-class ClippedSettings(ObjectiveSettings):
-    """What methods that maximize the clipped objective let one choose."""
+class EdgeSettings(ObjectiveSettings):
+    """What methods that learn from the forest's edges let one choose."""
 
-    clip_low: Annotated[float, Field(gt=0, le=1), RECORDED_ON_RESUME] = 1e-4
-    """The ratio counts down to 1 - clip_low."""
-    clip_high: Annotated[Positive, RECORDED_ON_RESUME] = 1e-4
-    """The ratio counts up to 1 + clip_high."""
     log_prob_reduction: Literal["mean", "sum"] = "mean"
     """Over a sample's dimensions: mean, as published clip ranges expect, or sum, the density."""
     kl_weight: AtLeastZero[float] = 0.0
     """Weight of the divergence from the initial model."""
     reference_on_cpu: Annotated[bool, FREE_ON_RESUME] = False
     """Keep the initial model on the CPU between updates (without LoRA, which needs no copy)."""
+    max_divergence: Annotated[Positive | None, RECORDED_ON_RESUME] = None
+    """A trust region for several updates an iteration: where a node's Gaussian has moved this far,
+    edges that the update already favours count no more (about 1e-4); null: unlimited."""
+
+
+class ClippedSettings(EdgeSettings):
+    """What methods that maximize the clipped objective let one choose."""
+
+    clip_low: Annotated[float, Field(gt=0, le=1), RECORDED_ON_RESUME] = 1e-4
+    """The ratio counts down to 1 - clip_low; with max_divergence there is no clip."""
+    clip_high: Annotated[Positive, RECORDED_ON_RESUME] = 1e-4
+    """The ratio counts up to 1 + clip_high."""
     guard: bool = False
     """Normalize the ratios of each step as GRPO-Guard does."""

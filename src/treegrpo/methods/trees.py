@@ -50,14 +50,13 @@ class TreeAdvantageSettings(AdvantageSettings):
     """Temperature of the log-probability softmax."""
 
 
-class TreeGRPO(WindowMethod):
+class TreeMethod(WindowMethod):
     """Every node inside the window branches; leaf advantages are backed up the tree."""
 
     rollout_settings = TreeSettings
     advantage_settings = TreeAdvantageSettings
     rollout: TreeSettings
     advantage: TreeAdvantageSettings
-    paper = "[TreeGRPO](https://arxiv.org/abs/2512.08153)"
 
     def plan_at(self, window_start: int) -> RolloutPlan:
         """`plan.tree_grpo` with the window there."""
@@ -83,6 +82,12 @@ class TreeGRPO(WindowMethod):
             temperature=settings.backup_temperature,
         )
         return Credit.of(leaves, edges)
+
+
+class TreeGRPO(TreeMethod, PolicyGradient):
+    """The paper's: the tree, and the clipped objective."""
+
+    paper = "[TreeGRPO](https://arxiv.org/abs/2512.08153)"
 
 
 class BranchSettings(FinalStepSettings):

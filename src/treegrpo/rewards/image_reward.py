@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = "THUDM/ImageReward"
 CHECKPOINT_FILE = "ImageReward.pt"
+CHECKPOINTS = {"path": (REPOSITORY, [CHECKPOINT_FILE])}
 TOKENIZER_REPOSITORY = "google-bert/bert-base-uncased"
 TOKENIZER_FILES = ["tokenizer.json", "vocab.txt"]
 

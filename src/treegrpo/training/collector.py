@@ -7,7 +7,7 @@ Left out: the rollout itself (`rollout.py`) and asking a reward (`rewards/scorin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from treegrpo.rewards import Reward, closing, score
 from treegrpo.rollout import Rollout, join, rollout
 from treegrpo.training.engine import Engine
 from treegrpo.training.metrics import Stopwatch
+from treegrpo.transition import transitions
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,34 @@ class Collector:
             [batch.everyones[reward.key] for reward in trained],
         )
 
+    def with_whole_tail(self, batch: Batch, number: int) -> Scores:
+        """The trained rewards of one prompt's leaves, had their tails taken every step.
+
+        Args:
+            number: of the prompt in the batch.
+        """
+        level, schedule, policy = batch.forest.levels[-1], batch.forest.schedule, self._policy
+        levels = tuple(range(level.step + 1, schedule.steps + 1))
+        tail = (False,) * (len(levels) - 1)
+        plan = RolloutPlan(level.children.shape[1], (1,) * len(tail), tail, levels)
+        prompt = batch.prompts[number]
+        predict = policy.predictor(policy.encode([prompt.text]), schedule.steps)
+        steps = transitions(schedule, tail, levels=levels)
+        states = level.children[number : number + 1]
+        forest = self._max_batch.fit(
+            lambda rows: rollout(
+                predict, states, plan, schedule, steps, max_batch=rows, device=policy.device
+            ),
+            plan.leaves,
+        )
+        images = as_pictures(self._decode(forest.leaves.flatten(0, 1)))
+        trained = self._config.trained_rewards
+        with ThreadPoolExecutor(max_workers=len(trained)) as pool, closing(self.rewards):
+            asked = self._score(images, [prompt], pool, [reward.key for reward in trained])
+            values = [_result(asked[reward.key]).to(policy.device) for reward in trained]
+        everyones = [batch.everyones[reward.key] for reward in trained]
+        return Scores(values, [reward.weight for reward in trained], everyones)
+
     def _sample(
         self,
         prompts: Sequence[Prompt],
@@ -129,7 +158,7 @@ class Collector:
                     check_finite("the decoder's images are", images)
                     images = as_pictures(images.cpu() if settings.offload else images)
                 with watch("reward"):
-                    scores.append(self._score(images, prompts[part], pool))
+                    scores.append(self._score(images, prompts[part], pool, self.rewards))
             with watch("reward"):
                 rewards = {
                     name: torch.cat([_result(part[name]) for part in scores])
@@ -183,13 +212,17 @@ class Collector:
         )
 
     def _score(
-        self, images: Tensor, prompts: Sequence[Prompt], pool: ThreadPoolExecutor
+        self,
+        images: Tensor,
+        prompts: Sequence[Prompt],
+        pool: ThreadPoolExecutor,
+        names: Collection[str],
     ) -> dict[str, Tensor | Future[Tensor]]:
         """Reward name to float32 [prompts, leaves], or the promise of it."""
         leaves = len(images) // len(prompts)
         texts = [prompt.text for prompt in prompts for _ in range(leaves)]
         metadata = [dict(prompt.metadata) for prompt in prompts for _ in range(leaves)]
-        concurrent = [name for name, r in self.rewards.items() if getattr(r, "concurrent", False)]
+        concurrent = [name for name in names if getattr(self.rewards[name], "concurrent", False)]
         if concurrent:
             # A copy that a thread asked for would wait for the next rollout's work on the device.
             images = images.cpu()
@@ -202,7 +235,7 @@ class Collector:
         asked: dict[str, Tensor | Future[Tensor]] = {
             name: pool.submit(ask, name) for name in concurrent
         }
-        return asked | {name: ask(name) for name in self.rewards if name not in asked}
+        return asked | {name: ask(name) for name in names if name not in asked}
 
 
 def _result(scores: Tensor | Future[Tensor]) -> Tensor:

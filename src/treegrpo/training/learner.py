@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,12 +19,20 @@ from treegrpo.batch_size import BatchSize
 from treegrpo.config import TrainConfig
 from treegrpo.finite import NotFiniteError, check_finite
 from treegrpo.methods import Credit, Method, Update
-from treegrpo.models.adapters import has_lora
+from treegrpo.models.adapters import has_lora, starts_as_base
 from treegrpo.models.policy import Conditioning, Policy
 from treegrpo.rollout import Predict, Rollout
 from treegrpo.training.collector import Batch
 from treegrpo.training.engine import Engine
 from treegrpo.training.metrics import UpdateMetrics
+
+
+def learning_rate(settings: TrainConfig, iteration: int) -> float:
+    """Of an iteration's optimizer steps."""
+    factor = min(1.0, (iteration + 1) / (settings.warmup_iterations + 1))
+    if settings.learning_rate_schedule == "linear":
+        factor = min(factor, 1 - iteration / settings.iterations)
+    return settings.learning_rate * factor
 
 
 class Learner:
@@ -65,8 +73,11 @@ class Learner:
         self.optimizer = engine.prepare(self.parameters, optimizer)
         decay = settings.ema_decay
         self.average = None if decay is None else EMAModel(self.parameters, decay=decay)
-        # With LoRA, the initial model is the network without its adapters.
+        # With LoRA, the initial model is the network without its adapters, or with those that
+        # training starts from.
         has_copy = method.needs_reference and not has_lora(policy)
+        starts = method.needs_reference and has_lora(policy) and not starts_as_base(policy)
+        self._start = [p.detach().clone() for p in self.parameters] if starts else None
         self.reference = copy.deepcopy(policy.network).requires_grad_(False) if has_copy else None
         if self.reference is not None and method.reference_on_cpu:
             self.reference.cpu()
@@ -83,7 +94,7 @@ class Learner:
             check_finite("the samples' advantages are", credit.leaves, *credit.edges)
         rate = self._set_learning_rate(iteration)
         conditioning = self.policy.encode([prompt.text for prompt in batch.prompts])
-        predict = self.policy.predictor(conditioning, batch.forest.plan.steps)
+        predict = self.policy.predictor(conditioning, batch.forest.schedule.steps)
         with self._engine.failing_together():
             reference = self._at_reference(batch, conditioning)
         first, total, norm = self._optimize(predict, batch.forest, credit, reference, iteration)
@@ -146,13 +157,10 @@ class Learner:
         return norm
 
     def _set_learning_rate(self, iteration: int) -> float:
-        settings = self._settings
-        factor = min(1.0, (iteration + 1) / (settings.warmup_iterations + 1))
-        if settings.learning_rate_schedule == "linear":
-            factor = min(factor, 1 - iteration / settings.iterations)
+        rate = learning_rate(self._settings, iteration)
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * factor
-        return settings.learning_rate * factor
+            group["lr"] = rate
+        return rate
 
     def _over_processes(self, own: UpdateMetrics) -> UpdateMetrics:
         """What all processes' losses add up to; the loss is their mean, as the gradient is."""
@@ -168,7 +176,7 @@ class Learner:
             return None
         with self._initial_network() as network:
             forest, device = batch.forest, self.policy.device
-            predict = self.policy.predictor(conditioning, forest.plan.steps, network)
+            predict = self.policy.predictor(conditioning, forest.schedule.steps, network)
             return self._micro_batch.fit(
                 lambda rows: self._method.reference(predict, forest, device, rows),
                 len(forest.leaves) * forest.plan.leaves,
@@ -177,6 +185,10 @@ class Learner:
     @contextmanager
     def _initial_network(self) -> Iterator[nn.Module]:
         network: Any = self.reference
+        if self._start is not None:
+            with self._holding(self._start):
+                yield self.policy.network
+            return
         if network is None:
             network = self.policy.network
             network.disable_adapters()
@@ -188,6 +200,21 @@ class Learner:
         yield network.to(self.policy.device)
         if self._method.reference_on_cpu:
             network.cpu()
+
+    @contextmanager
+    def _holding(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """These in place of the trained parameters."""
+        kept = [parameter.detach().clone() for parameter in self.parameters]
+        try:
+            self._set(values)
+            yield
+        finally:
+            self._set(kept)
+
+    @torch.no_grad()
+    def _set(self, values: Sequence[Tensor]) -> None:
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -224,11 +251,9 @@ class Learner:
             "average": None if self.average is None else self.average.state_dict(),
         }
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` gave."""
-        for parameter, stored in zip(self.parameters, state["parameters"], strict=True):
-            parameter.copy_(stored)
+        self._set(state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(state["average"])

@@ -38,11 +38,11 @@ def train(
 ) -> TrainingResult:
     """Train as configured; everything about the run is written to `config.output`.
 
+    The first Ctrl-C ends the run after its iteration, which the result says; the second, at once.
+
     Args:
         finished: is given the first and the last evaluation, with their pictures, and says in place
             of the closing tables what came of it.
-
-    The first Ctrl-C ends the run after its iteration, which the result says; the second, at once.
 
     Raises:
         UserError: a setting, folder, model or prompt list that cannot be used; nothing was done.
@@ -163,11 +163,13 @@ def iterate(run: Run) -> dict[str, float]:
             # sample and score
             batch = run.collector.collect(prompts, plan, progress.iteration, watch)
             credit = run.method.credit(run.collector.scores(batch), batch.forest)  # credit
+            agreement = run.tail_check(batch, credit, progress.iteration, watch)
             with watch("update"):
                 learned = run.learner.update(batch, credit, progress.iteration)  # update
     except BaseException:
         # The iteration did not happen: a resumed run draws these prompts again.
         run.sampler.load_state_dict(drawn_before)
+        run.take_reward_states()
         raise
     run.warnings += run.silent_rewards.warnings(batch.everyones)
     times = watch.record()
@@ -175,12 +177,14 @@ def iterate(run: Run) -> dict[str, float]:
         "iteration": progress.iteration,
         **run.reward_metrics.record(batch.everyones),
         **learned,
+        **agreement,
         **{name: run.engine.mean(value) for name, value in credit.metrics.items()},
         **({"window_start": plan.stochastic_steps[0]} if plan.stochastic_steps else {}),
         "rollout_forwards": batch.forest.forwards * run.engine.processes,
         **run.batches.record(),
         **times,
     }
+    run.keep_reward_states()
     progress.iteration += 1
     progress.seconds += times["seconds"]
     progress.rollout_forwards += int(record["rollout_forwards"])
