@@ -38,6 +38,9 @@ from treegrpo.models.folder import (
 from treegrpo.rewards import check_reward, reach_reward
 from treegrpo.run_folder import CONFIG_FILE, MODEL_FOLDER
 
+# As shells have it for what Ctrl-C ended.
+INTERRUPTED = 130
+
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _OVERRIDE = re.compile(r"[\w.-]+=", re.ASCII)
 # Of the section `model`, keys that commands have as options.

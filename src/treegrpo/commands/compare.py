@@ -5,6 +5,7 @@ Left out: the comparison itself (`comparison/`).
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from treegrpo.commands.arguments import (
+    INTERRUPTED,
     ConfigArguments,
     check_model,
     check_reward_of,
@@ -29,8 +31,7 @@ from treegrpo.comparison.entries import (
 from treegrpo.comparison.study import Study
 from treegrpo.config import ABLATIONS, Config
 from treegrpo.errors import UserError
-from treegrpo.methods.registry import BUILT_IN
-from treegrpo.models.folder import check_trainable
+from treegrpo.models.folder import check_trainable, is_diffusion, resolve
 from treegrpo.prompts import load_train_and_held_out
 from treegrpo.tracking import check_trackers
 
@@ -45,7 +46,7 @@ def compare(
         typer.Option(
             metavar="NAME,NAME,...",
             help="The methods; with --variants or --sweep, the configuration's own.",
-            show_default=",".join(BUILT_IN),
+            show_default="all built-in ones",
         ),
     ] = None,
     variants: Annotated[
@@ -102,8 +103,8 @@ def compare(
 ) -> None:
     """Compare methods, or settings of one, at equal cost.
 
-    An interrupted comparison is continued by the same command. docs/compare.md says how costs are
-    counted and what each method is given.
+    Ctrl-C ends it with exit code 130, and the same command continues it. docs/compare.md says how
+    costs are counted and what each method is given.
     """
     study = _study(
         arguments,
@@ -117,8 +118,11 @@ def compare(
         tuning_seed,
         output,
     )
+    path = study.config(study.entries[0]).model.path
+    study = study.for_model(flow=not is_diffusion(path))
     study.check()
-    study.check_folder(overwrite=overwrite)
+    if Path(resolve(path)).is_dir():  # of a hub's checkpoint, what it is shows when it is here
+        study.check_folder(overwrite=overwrite)
     _check_job(study.config(study.entries[0]))
 
     from treegrpo.comparison import page
@@ -140,9 +144,9 @@ def compare(
 
     try:
         results = run_study(study, say, write)
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         say("interrupted; continue with the same command")
-        return
+        raise typer.Exit(INTERRUPTED) from None
     write_atomically(study.folder / PAGE_FILE, page.page(study, results))
     console.print(page.table(study, results))
     for note in (*page.failures(results), *page.notes(results)):
@@ -165,6 +169,8 @@ def _study(
     """What is asked for, of which nothing has been looked at but names and values."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("compare runs in one process; start it without a launcher")
+    if not math.isfinite(factor):
+        raise UserError(f"--backward-cost: got {factor}; must be finite")
     file, changes = file_and_changes(arguments, otherwise="miniature-paper")
     shared = Shared(file, read_changes(changes))
     sweeps, tunes = read_grids("--sweep", sweep), read_grids("--tune", tune)

@@ -11,7 +11,13 @@ from typing import Annotated
 
 import typer
 
-from treegrpo.commands.arguments import ConfigArguments, check_model, check_reward_of, read_config
+from treegrpo.commands.arguments import (
+    INTERRUPTED,
+    ConfigArguments,
+    check_model,
+    check_reward_of,
+    read_config,
+)
 from treegrpo.config import Config, method_of, to_yaml
 from treegrpo.errors import Problems
 from treegrpo.methods.method import transition_kind
@@ -20,9 +26,6 @@ from treegrpo.plan import PlanError
 from treegrpo.prompts import load_train_and_held_out
 from treegrpo.run_folder import check_is_folder, check_run_folder
 from treegrpo.tracking import check_trackers
-
-# As shells have it for what Ctrl-C ended.
-INTERRUPTED = 130
 
 
 def train(

@@ -10,7 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,7 +65,7 @@ class Study:
     folder: Path
     budget: Budget
     tunes: tuple[Grid, ...] = ()
-    flow: bool = field(default=True)
+    flow: bool = True
 
     @staticmethod
     def of(

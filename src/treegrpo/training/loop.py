@@ -42,7 +42,7 @@ def train(
 
     Args:
         finished: is given the first and the last evaluation, with their pictures, and says in place
-            of the closing table what came of it.
+            of the closing tables what came of it.
 
     Raises:
         UserError: a setting, folder, model or prompt list that cannot be used; nothing was done.
