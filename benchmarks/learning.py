@@ -7,7 +7,7 @@ its own prompts order, noises and window draws; the held-out prompts and evaluat
 same for all. `--quick` stops one seed after half a minute of training: it shows that the benchmark
 works, not what training achieves. The last line is one JSON object.
 
-Left out: a comparison of methods.
+Left out: a comparison of methods (`treegrpo compare`).
 """
 
 from __future__ import annotations

@@ -242,7 +242,6 @@ def main() -> None:
             case.build(folder)
             changes = {
                 "model.path": folder,
-                "rollout.transition": case.transition,
                 "train.micro_batch": 128,
             }
             results[case.name] = compare(case.name, configuration(changes, prompts))

@@ -1,4 +1,4 @@
-"""What every recipe in configs/ takes of GPU memory, as `treegrpo plan` predicts it.
+"""What the recipes and the README's example take of GPU memory, as `treegrpo plan` predicts.
 
     python benchmarks/recipe_memory.py [--quick]
 
@@ -18,10 +18,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from treegrpo.config import load_config
-from treegrpo.memory import estimate, suggest
+from treegrpo.config import Config, configuration_file, load_config
+from treegrpo.memory import Measurements, estimate, fitting, suggest
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+ROOT = Path(__file__).parent.parent
 
 CLIP_L = {
     "architectures": ["CLIPTextModel"],
@@ -227,8 +227,9 @@ CHECKPOINTS: dict[str, tuple[str, dict[str, tuple[str, dict[str, Any]]], int]] =
     ),
 }
 
-# Recipe to processes and the memory that it says it needs.
+# File to processes and the memory that it says it needs.
 RECIPES = {
+    "README": (1, "24GB"),
     "sd3.5-medium": (8, "80GB"),
     "sd3.5-medium-multi-reward": (8, "80GB"),
     "sd3.5-medium-lora-80gb": (1, "80GB"),
@@ -244,50 +245,74 @@ def write_checkpoint(name: str, folder: Path) -> None:
     """Its configurations, without weights."""
     pipeline, parts, _ = CHECKPOINTS[name]
     index: dict[str, Any] = {"_class_name": pipeline}
+    for part in [part for part in parts if part.startswith("text_encoder")]:
+        index[part.replace("text_encoder", "tokenizer")] = ["transformers", "AutoTokenizer"]
     for part, (class_path, config) in parts.items():
         library, _, class_name = class_path.partition(".")
         index[part] = [library, class_name]
         file = "scheduler_config.json" if part == "scheduler" else "config.json"
         (folder / part).mkdir(parents=True)
         (folder / part / file).write_text(json.dumps({"_class_name": class_name, **config}))
-    (folder / "model_index.json").write_text(json.dumps(index))
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def recipe(name: str, folder: Path) -> Config:
+    """A recipe for a GPU, with its checkpoint's configurations in a folder."""
+    if name != "README":
+        file = configuration_file(name)
+    else:
+        page = (ROOT / "README.md").read_text(encoding="utf-8")
+        file = folder / "mine.yaml"
+        folder.mkdir(parents=True, exist_ok=True)
+        file.write_text(page.partition("```yaml\n")[2].partition("```")[0], encoding="utf-8")
+    write_checkpoint(load_config(file, []).model.path, folder)
+    return load_config(file, [f"model.path={folder}", "model.device=cuda"])
+
+
+def bytes_of(memory: str) -> int:
+    """Of a GPU that is sold as so many GB."""
+    return int(memory.removesuffix("GB")) * 2**30
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="one recipe")
     options = parser.parse_args()
-    recipes = dict(list(RECIPES.items())[-2:-1]) if options.quick else RECIPES
+    recipes = {"sd1.5-lora": RECIPES["sd1.5-lora"]} if options.quick else RECIPES
     results: dict[str, Any] = {}
-    print(f"{'GiB':<28}{'GPUs':>5}{'limit':>7}{'peak':>8}  in", flush=True)
-    for recipe, (processes, memory) in recipes.items():
-        limit = int(memory.removesuffix("GB")) * 2**30
+    names = ("max_batch", "decode_batch", "micro_batch")
+    print(f"{'GiB':<28}{'GPUs':>5}{'limit':>7}{'peak':>8}  in{'':10}", *names, flush=True)
+    for name, (processes, memory) in recipes.items():
+        limit = bytes_of(memory)
         with tempfile.TemporaryDirectory() as temporary:
-            path = load_config(CONFIGS / f"{recipe}.yaml", []).model.path
-            write_checkpoint(path, Path(temporary))
-            changes = [f"model.path={temporary}", "model.device=cuda"]
-            config = load_config(CONFIGS / f"{recipe}.yaml", changes)
-            needed = estimate(config, processes=processes)
-            if needed.parameters != CHECKPOINTS[path][2]:
-                sys.exit(f"{path}: {needed.parameters:,} parameters, not {CHECKPOINTS[path][2]:,}")
+            config = recipe(name, Path(temporary))
+            measured = Measurements(config.rollout.steps)
+            sizes = fitting(config, limit, processes=processes, measurements=measured)
+            needed = estimate(config, sizes, processes=processes, measurements=measured)
+            published = {text[2] for text in CHECKPOINTS.values()}
+            if needed.parameters not in published:
+                sys.exit(f"{name}: {needed.parameters:,} parameters, which no checkpoint has")
             print(
-                f"{recipe:<28}{processes:>5}{limit / 2**30:>7.0f}{needed.peak / 2**30:>8.2f}"
-                f"  {needed.fullest.name}",
+                f"{name:<28}{processes:>5}{limit / 2**30:>7.0f}{needed.peak / 2**30:>8.2f}"
+                f"  {needed.fullest.name:<12}",
+                *(f"{getattr(sizes, each):>{len(each)}}" for each in names),
                 flush=True,
             )
             figures: dict[str, Any] = {
                 "processes": processes,
                 "limit": limit,
                 "peak": needed.peak,
+                "batches": vars(sizes),
                 "phases": {phase.name: phase.peak for phase in needed.phases},
                 "fullest": dict(needed.fullest.device),
                 "host": max(sum(phase.host.values()) for phase in needed.phases),
+                "disk": dict(needed.disk),
             }
             if needed.peak > limit:
-                advice = suggest(config, limit, processes=processes)
+                advice = suggest(config, limit, processes=processes, measurements=measured)
                 figures["advice"] = {change.key: change.value for change in advice.changes}
                 print(f"  fits: {advice.fits}, with {figures['advice']}", flush=True)
-            results[recipe] = figures
+            results[name] = figures
     print(json.dumps(results))
 
 

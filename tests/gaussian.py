@@ -8,14 +8,14 @@ reward follow from a scalar recursion, written here from the numbers of a `Trans
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from treegrpo.advantage import Backup, backup, leaf_advantages
-from treegrpo.objective import losses
+from treegrpo.objective import Loss, losses
 from treegrpo.plan import RolloutPlan
 from treegrpo.rollout import rollout
 from treegrpo.transition import Schedule, Transition
@@ -179,6 +179,7 @@ def policy_gradients(
     mode: Backup,
     groups: int,
     generator: torch.Generator,
+    objective: Callable[..., Iterator[Loss]] = losses,
 ) -> Tensor:
     """Independent estimates of the policy gradient by the library's whole path, one per group.
 
@@ -201,7 +202,7 @@ def policy_gradients(
     )
     values = leaf_advantages([reward.value(forest.leaves)], [1.0], std="none")
     edges = backup(values, [level.log_prob for level in forest.levels], plan, mode=mode)
-    for loss in losses(policy, forest, edges.levels):
+    for loss in objective(policy, forest, edges.levels):
         loss.value.backward()  # type: ignore[no-untyped-call]
     assert shift.grad is not None
     # The loss is averaged over groups, and descends.

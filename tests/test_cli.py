@@ -12,7 +12,7 @@ import yaml
 from command_line import CommandLine
 
 from treegrpo import __version__
-from treegrpo.config import Config, load_config, to_yaml
+from treegrpo.config import RECIPES, Config, configuration_file, load_config, to_yaml
 from treegrpo.run_folder import RunError, check_run_folder, prepare_folder
 
 HEAVY = {
@@ -27,7 +27,8 @@ def _file(treegrpo: CommandLine) -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [[], ["train"], ["plan"], ["sample"], ["evaluate"], ["serve-reward"]]
+    "command",
+    [[], ["train"], ["plan"], ["sample"], ["evaluate"], ["compare"], ["serve-reward"]],
 )
 def test_help_answers(command: list[str], treegrpo: CommandLine) -> None:
     for flag in ("--help", "-h"):
@@ -54,11 +55,50 @@ def test_print_config_shows_file_and_overrides_resolved(treegrpo: CommandLine) -
     assert yaml.safe_load(out)["rewards"] == [reward.model_dump() for reward in Config().rewards]
 
 
+def test_a_recipe_is_found_by_name_unless_a_file_has_it(treegrpo: CommandLine) -> None:
+    Path("sdxl-lora").mkdir()
+    code, out, _ = treegrpo("train", "sdxl-lora", "--print-config", "train.seed=7")
+    assert code == 0
+    assert out == to_yaml(load_config(configuration_file("sdxl-lora"), ["train.seed=7"]))
+    assert yaml.safe_load(out)["model"]["path"] == "stabilityai/stable-diffusion-xl-base-1.0"
+    Path("sd1.5-lora").write_text("train:\n  seed: 3\n")
+    _, out, _ = treegrpo("train", "sd1.5-lora", "--print-config")
+    assert out == to_yaml(load_config(None, ["train.seed=3"]))
+
+
+def test_the_shell_completes_commands_and_recipes(
+    treegrpo: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("sdxl-mine.yaml").touch()
+    monkeypatch.setenv("_TREEGRPO_COMPLETE", "complete_bash")
+    for words, completed in (("pl", "plan"), ("train sdxl", "sdxl-lora\nsdxl-mine.yaml")):
+        monkeypatch.setenv("COMP_WORDS", f"treegrpo {words}")
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split())))
+        code, out, _ = treegrpo()
+        assert (code, out.strip()) == (0, completed)
+
+
+@pytest.mark.parametrize("command", ["train", "plan"])
+def test_help_names_the_recipes(command: str, treegrpo: CommandLine) -> None:
+    _, out, _ = treegrpo(command, "--help")
+    assert len(RECIPES) >= 10
+    assert all(recipe in out for recipe in RECIPES)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "rollout.branching=0"], "rollout.branching: got 0; must be at least 1"),
         (["train", "none.yaml"], "configuration file none.yaml does not exist"),
+        (
+            ["train", "qwen"],
+            "configuration file qwen does not exist, and no recipe has this name; re",
+        ),
+        (
+            ["plan", "configs/sdxl_lora.yaml"],
+            "configuration file configs/sdxl_lora.yaml does not exist, and no recipe has this "
+            "name; did you mean sdxl-lora or ",
+        ),
         (["train", "a.yaml", "b.yaml"], "got 2 configuration files (a.yaml, b.yaml)"),
         (["train", "prompts.train=none.txt"], "prompt file none.txt does not exist"),
         (["train", "model.path=./none"], "model.path: no folder ./none; must be"),
@@ -118,7 +158,8 @@ def test_prompts_of_another_kind_are_refused_before_the_model_is_loaded(
     Path("own.txt").write_text("a red circle\na cat\n")
     arguments = ("prompts.train=own.txt", "prompts.held_out=miniature", "output=run")
     message = treegrpo.refusal("train", *arguments)
-    assert message.startswith("reward 'composition': prompt 'a cat' is not one of the miniature's")
+    for name in ("composition", "composition_accuracy"):
+        assert f"\n  reward '{name}': prompt 'a cat' is not one of the miniature's" in message
     assert not Path("run").exists()
 
 
@@ -167,6 +208,8 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(treegrpo: Command
         (["plan", "--processes", "3"], 2),
         (["sample", "miniature", "--prompt", "a cat", "--out", "no/such.png"], 2),
         (["evaluate", "miniature", "--json", "no/such.json"], 2),
+        (["compare", "--budget", "1"], 2),
+        (["compare", "model.path=./no"], 2),
         (["serve-reward", "compositon"], 2),
     ],
 )

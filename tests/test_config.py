@@ -5,7 +5,16 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from treegrpo.config import Config, ConfigError, describe_fields, load_config, method_of, to_yaml
+from treegrpo.config import (
+    RECIPES,
+    Config,
+    ConfigError,
+    configuration_file,
+    describe_fields,
+    load_config,
+    method_of,
+    to_yaml,
+)
 from treegrpo.config.wording import methods_with
 from treegrpo.miniature import EMBEDDED
 from treegrpo.rewards import check_reward
@@ -219,14 +228,17 @@ def test_settings_of_other_methods_do_not_get_in_the_way() -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("rollout.trees=7", "rollout.trees: flow_grpo has no such setting; tree_grpo has"),
+        (
+            "rollout.trees=7",
+            "rollout.trees: flow_grpo has no such setting; tree_grpo and tree_endpoint have",
+        ),
         (
             "rollout.branching=2",
             "rollout.branching: flow_grpo has no such setting; tree_grpo and branch_grpo have",
         ),
         (
             "advantage.backup=uniform",
-            "advantage.backup: flow_grpo has no such setting; tree_grpo has",
+            "advantage.backup: flow_grpo has no such setting; tree_grpo and tree_endpoint have",
         ),
     ],
 )
@@ -328,12 +340,9 @@ def test_a_configuration_does_not_change() -> None:
         Config().train.seed = 1
 
 
-RECIPES = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
-def test_recipes_are_complete(path: Path) -> None:
-    config = load_config(path, [])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes_are_complete(recipe: str) -> None:
+    config = load_config(configuration_file(recipe), [])
     for reward in config.rewards:
         check_reward(reward.name, reward.options)
     method_of(config).checked_plans(config.train.iterations)
@@ -341,12 +350,11 @@ def test_recipes_are_complete(path: Path) -> None:
         # Nothing of the miniatures' may be left where another model is trained.
         assert config.accuracy is None
         assert config.prompts.train != "miniature"
-        assert config.output.name == path.stem
+        assert config.output.name == recipe
 
 
 def test_the_recipe_of_the_paper_has_its_numbers() -> None:
-    (path,) = [path for path in RECIPES if path.name == "sd3.5-medium.yaml"]
-    config: Any = load_config(path, [])
+    config: Any = load_config(configuration_file("sd3.5-medium"), [])
     plan = method_of(config).plan(0)
     window = slice(plan.stochastic_steps[0], plan.stochastic_steps[0] + 3)
     assert (config.rollout.steps, plan.branching[window], plan.leaves) == (10, (3, 3, 3), 27)

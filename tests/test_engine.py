@@ -54,9 +54,7 @@ def test_what_would_change_no_result_is_not_followed_and_told(
     assert engine.warnings[0].startswith(f"environment variable {variable}={value.lower()} ")
     assert instead in engine.warnings[0]
     network = torch.nn.Linear(1, 1)
-    prepared, _ = engine.prepare(network, torch.optim.AdamW(network.parameters()))
-    assert prepared is network  # not compiled
-    engine.backward(network(torch.ones(1, 1)).sum(), prepared, exchange=True)
+    engine.backward(network(torch.ones(1, 1)).sum())
     assert network.weight.grad is not None and network.weight.grad.item() == 1.0
 
 

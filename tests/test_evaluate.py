@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from treegrpo import cli
+from treegrpo.batch_size import BatchSize
 from treegrpo.config import ModelConfig
 from treegrpo.errors import UserError
 from treegrpo.evaluation import pair
@@ -119,7 +121,8 @@ def gray(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     return build
 
 
-SHORT = ("--steps", 2, "--max-prompts", 2, "--images-per-prompt", 1)
+MINIATURES = ("--prompts", "miniature")
+SHORT = (*MINIATURES, "--steps", 2, "--max-prompts", 2, "--images-per-prompt", 1)
 
 
 def test_figures_are_those_of_the_formulas() -> None:
@@ -159,7 +162,7 @@ def test_shares_join_to_the_whole(tiny_checkpoint: Path) -> None:
             policy,
             prompts,
             {"x": load_reward(REWARD)},
-            Draws(images_per_prompt=2, steps=2, seed=1, max_batch=max_batch),
+            Draws(images_per_prompt=2, steps=2, seed=1, max_batch=BatchSize(max_batch)),
             keep=[2, 0],
             share=share,
         )
@@ -353,7 +356,7 @@ def test_the_page_shows_both_images_of_every_prompt(
         assert trained.getpixel((16, 16)) == (204, 204, 204)
     assert len(page.images) == 4
     assert page.keys == [[pytest.approx(0.6)]] * 2
-    for words in ("0.2000", "0.8000", "+0.6000", "100.0%", torch.__version__, "2 prompts"):
+    for words in ("0.2000", "0.8000", "+0.6000", "100.0%", version("torch"), "2 prompts"):
         assert words in page.text
 
 
@@ -399,6 +402,7 @@ def test_a_videos_middle_frame_is_shown(treegrpo: Run) -> None:
 # --- what goes wrong ---
 
 
+@pytest.mark.slow
 def test_a_failing_reward_costs_neither_the_others_nor_its_own_scores(
     treegrpo: Run, gray: Callable[..., Path]
 ) -> None:
@@ -500,8 +504,121 @@ def test_mistakes_are_refused_before_weights_are_read(
             config = json.loads(file.read_text())
             key = "in_channels" if part == "transformer" else "latent_channels"
             file.write_text(json.dumps({**config, key: 8}))
-    code, out, err = treegrpo(tiny_checkpoint, *arguments)
+    code, out, err = treegrpo(tiny_checkpoint, *MINIATURES, *arguments)
     assert code == 2
     assert out == ""
     assert message in " ".join(err.replace("│", " ").split())
     assert not Path("s.json").exists()
+
+
+# --- the run that a model is of ---
+
+
+def test_prompts_and_rewards_are_those_of_the_models_run(
+    treegrpo: Run, tiny_checkpoint: Path
+) -> None:
+    lines = [json.dumps({"text": f"no {n}", "weight": n / 4}) for n in range(4)]
+    Path("prompts.jsonl").write_text("\n".join(lines))
+    label, options = "mine", {"color": "pink"}
+    rewards = [
+        {"name": REWARD, "label": label, "frames": 3},
+        {"name": f"{__name__}:RefusesColor", "options": options, "weight": 0},
+    ]
+    config = {
+        "model": {"path": str(tiny_checkpoint)},
+        "prompts": {"train": "miniature", "held_out": "prompts.jsonl", "column": "text"},
+        "rewards": rewards,
+        "evaluation": {"max_prompts": 3},
+    }
+    shutil.copytree(tiny_checkpoint, "runs/x/model")
+    Path("runs/x/config.yaml").write_text(yaml.safe_dump(config))
+    own = ("--steps", 2, "--images-per-prompt", 1, "--json", "s.json")
+
+    def summary(*arguments: object) -> dict[str, Any]:
+        code, _, err = treegrpo(*arguments, *own)
+        assert code == 0, err
+        told: dict[str, Any] = json.loads(Path("s.json").read_text())
+        return told
+
+    for model in ("runs/x", "runs/x/model"):
+        told = summary(model)
+        assert [one["prompt"] for one in told["per_prompt"]] == ["no 0", "no 1", "no 2"]
+        assert list(told["rewards"]) == [label, f"{__name__}:RefusesColor"]
+        assert told["reward_options"] == {f"{__name__}:RefusesColor": options}
+        assert told["model"] == "runs/x/model" and told["base"] == str(tiny_checkpoint)
+        # The prompts' metadata reach the reward.
+        assert told["per_prompt"][0]["scores"][label]["trained"] == [0]
+    # Each is the run's until it is given.
+    told = summary("runs/x", "--rewards", f"jpeg_compressibility,{label}")
+    assert list(told["rewards"]) == ["jpeg_compressibility", label]
+    assert len(told["per_prompt"]) == 3
+    told = summary("runs/x", "--prompts", "miniature", "--max-prompts", 1)
+    assert list(told["rewards"]) == [label, f"{__name__}:RefusesColor"]
+    assert len(told["per_prompt"]) == 1 and not told["per_prompt"][0]["prompt"].startswith("no")
+    told = summary("runs/x", "--max-prompts", 2)
+    assert len(told["per_prompt"]) == 2
+
+
+def test_without_a_run_prompts_and_rewards_are_asked_for(
+    treegrpo: Run, tiny_checkpoint: Path
+) -> None:
+    code, out, err = treegrpo(tiny_checkpoint)
+    assert (code, out) == (2, "")
+    for option in ("prompts", "rewards"):
+        assert f"\n  --{option}: must be given, such as --{option} " in err
+    Path("runs/x").mkdir(parents=True)
+    Path("runs/x/config.yaml").write_text("model: {}")
+    code, _, err = treegrpo("runs/x")
+    assert code == 2
+    assert "MODEL: the run in runs/x has no model yet" in err
+
+
+def test_a_model_that_is_not_finite_is_named(treegrpo: Run, tiny_checkpoint: Path) -> None:
+    shutil.copytree(tiny_checkpoint, "broken")
+    file = Path("broken/transformer/diffusion_pytorch_model.safetensors")
+    weights = load_file(file)
+    weights["proj_out.bias"][0] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    for model, base, whose in (
+        ("broken", tiny_checkpoint, "the trained model (broken)"),
+        (tiny_checkpoint, "broken", "the base model (broken)"),
+    ):
+        code, _, err = treegrpo(model, "--base", base, *SHORT, "--reward", REWARD)
+        assert code == 2
+        assert f"error: {whose}: the network's output at step 0" in err
+
+
+def test_a_device_is_chosen(treegrpo: Run, tiny_checkpoint: Path) -> None:
+    for device in ("gpu", "meta"):
+        code, _, err = treegrpo(tiny_checkpoint, *SHORT, "--reward", REWARD, "--device", device)
+        assert code == 2
+        assert f"error: --device: got '{device}'" in err
+
+
+def test_a_base_that_has_moved_is_named(treegrpo: Run, tiny_checkpoint: Path) -> None:
+    shutil.copytree(tiny_checkpoint, "here")
+    model = lora_export(Path("here"), Path("adapters"))
+    arguments = (model, *SHORT, "--reward", REWARD, "--json", "s.json")
+    treegrpo(*arguments)
+    expected = json.loads(Path("s.json").read_text())["rewards"]
+    Path("here").rename("there")
+    code, out, err = treegrpo(*arguments)
+    assert (code, out) == (2, "")
+    assert "base_model in adapters/sampling.json: " in err
+    assert "; --base-model says where it is now" in err
+    for moved in (("--base-model", "there"), ("--base-model", "there", "--base", "none")):
+        code, _, err = treegrpo(*arguments, *moved)
+        assert code == 0, err
+        told = json.loads(Path("s.json").read_text())
+        assert told["base"] == (None if "none" in moved else "there")
+        assert told["rewards"][REWARD]["mean"] == expected[REWARD]["mean"]
+    # Weights that say nothing of themselves are sampled as their model is.
+    Path("adapters/sampling.json").unlink()
+    code, _, err = treegrpo(*arguments)
+    assert code == 2 and "adapters/sampling.json" in err
+    code, _, err = treegrpo(*arguments, "--base-model", "there")
+    assert code == 0, err
+    told = json.loads(Path("s.json").read_text())["rewards"]
+    assert told[REWARD]["mean"] == expected[REWARD]["mean"]
+    code, _, err = treegrpo("there", *SHORT, "--reward", REWARD, "--base-model", "there")
+    assert code == 2 and "--base-model: got there, but there holds no LoRA weights" in err

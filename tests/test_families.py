@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_checkpoints import Case, Edits, edited, flow_solver
 
 from treegrpo import cli
+from treegrpo.batch_size import BatchSize
 from treegrpo.config import ModelConfig
 from treegrpo.evaluation.sampling import Draws, sample
 from treegrpo.models.folder import SAMPLING_FILE, ModelError
@@ -74,7 +75,7 @@ def noise_of(policy: Policy) -> torch.Tensor:
 
 def images_of(policy: Policy) -> torch.Tensor:
     """One per prompt, from the noises that `noise_of` gives."""
-    draws = Draws(images_per_prompt=1, steps=policy.sampling.steps, max_batch=64)
+    draws = Draws(images_per_prompt=1, steps=policy.sampling.steps, max_batch=BatchSize(64))
     return sample(policy, PROMPTS, draws)[:, 0]
 
 
@@ -342,7 +343,6 @@ def test_training_changes_only_what_it_should_and_diffusers_loads_it(
         "rollout.branching": 2,
         "rollout.window_size": 2,
         "rollout.prompts_per_iteration": 2,
-        "rollout.transition": case.transition,
         "train.iterations": 2,
         "train.warmup_iterations": 0,
         "train.learning_rate": 1e-3,

@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from treegrpo.advantage import leaf_advantages
 from treegrpo.checkpoint import load_state
-from treegrpo.config import Config, load_config, method_of
+from treegrpo.config import Config, ModelConfig, load_config, method_of
 from treegrpo.errors import UserError
 from treegrpo.finite import NotFiniteError, Watched, check_finite
+from treegrpo.models.opening import open_policy
 from treegrpo.objective import Loss
 from treegrpo.run_folder import read_lines
 from treegrpo.training.build import Run, build
@@ -82,7 +83,8 @@ def test_a_damaged_checkpoint_is_told_by_every_command(
     prompt = ["--prompt", "a red circle", "--count", "1", "--out", "x.png"]
     assert _told(treegrpo("sample", str(model), *prompt, *drawn)) == stage
     assert not Path("x.png").exists()
-    assert _told(treegrpo("evaluate", str(model), "--rewards", REWARD, *drawn)) == stage
+    given = ("--prompts", "miniature", "--rewards", REWARD)
+    assert _told(treegrpo("evaluate", str(model), *given, *drawn)) == stage
     paths = [f"model.path={model}", "output=run", "model.embedding_cache=null"]
     told = _told(treegrpo("train", *SETTINGS, *paths))
     assert told.startswith(f"{stage}, {UNTRAINED}")
@@ -206,3 +208,15 @@ def test_the_first_step_is_named() -> None:
             watched(torch.ones(rows), step, index)
     with pytest.raises(NotFiniteError, match=r"at step 2 \(of 0 to 3\)"):
         watched.check()
+
+
+def test_an_infinite_pixel_does_not_pass_for_white(
+    tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ModelConfig(path=str(tiny_checkpoint), embedding_cache=None)
+    policy = open_policy(model, device=torch.device("cpu"))
+    pixels = torch.tensor([-torch.inf, -3.0, 0.0, 3.0, torch.inf, torch.nan])
+    monkeypatch.setattr(policy, "decode_latents", lambda latents: pixels.expand(1, 3, 1, -1))
+    images = policy.decode(torch.zeros(1, *policy.latent_shape), 1)
+    assert images[0, 0, 0, 1:4].tolist() == [0.0, 0.5, 1.0]
+    assert images.isfinite().sum() == 3 * 3

@@ -7,8 +7,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import save_file
 from tiny_checkpoints import Case, cases
 from torch import Tensor
@@ -122,6 +124,8 @@ OURS_TO_THEIRS = {
 def test_other_trainers_weights_are_diffusers(
     name: str, alpha: float | None, checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
+    if name == "Qwen-Image" and alpha is None and Version(diffusers.__version__) < Version("0.42"):
+        pytest.skip("this diffusers cannot read them, so we refuse them")
     base = checkpoint(name)
     tensors = by_trainer(base, OURS_TO_THEIRS[name], alpha)
     policy = load_policy(written(base, tmp_path / "lora", tensors), device=CPU)

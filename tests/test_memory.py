@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 from command_line import CommandLine
+from tiny_checkpoints import edited
 from torch import Tensor
 
 from treegrpo.commands.plan import count_work, parse_memory
 from treegrpo.config import Config, load_config
 from treegrpo.memory import Measurements, PeakBytes, count_states, estimate, suggest
+from treegrpo.models.folder import ModelError
 from treegrpo.plan import RolloutPlan, flow_grpo, mix_grpo, tree_grpo
 from treegrpo.rollout import rollout
 from treegrpo.training.build import build
@@ -31,6 +33,8 @@ SMALL = (
     "rollout.window_size=2",
     "rollout.window_schedule=fixed",
     "rollout.prompts_per_iteration=4",
+    "rollout.max_batch=512",
+    "rollout.decode_batch=512",
     "train.micro_batch=4",
     "rewards=[{name: jpeg_compressibility}]",
 )
@@ -40,10 +44,17 @@ def configuration(checkpoint: Path, *changes: str) -> Config:
     return load_config(None, [*SMALL, f"model.path={checkpoint}", *changes])
 
 
+@pytest.fixture(scope="module")
+def measured() -> Measurements:
+    """What is measured once for all configurations of `SMALL`."""
+    return Measurements(steps=4)
+
+
 def bytes_of(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+@pytest.mark.slow
 def test_predictions_are_near_what_the_profiler_measures() -> None:
     """The benchmark's shortest part: the miniature and a tiny Stable Diffusion 3.5."""
     run = subprocess.run(
@@ -135,10 +146,13 @@ def test_kept_states_are_those_of_a_rollout(plan: RolloutPlan, keep_means: bool)
     assert len(states.by_step) == plan.steps
 
 
-def test_only_the_micro_batch_decides_the_updates_activations(tiny_checkpoint: Path) -> None:
+@pytest.mark.slow
+def test_only_the_micro_batch_decides_the_updates_activations(
+    tiny_checkpoint: Path, measured: Measurements
+) -> None:
     def activations(*changes: str) -> int:
-        update = estimate(configuration(tiny_checkpoint, *changes)).phase("update")
-        return update.device["activations"]
+        config = configuration(tiny_checkpoint, *changes)
+        return estimate(config, measurements=measured).phase("update").device["activations"]
 
     least = activations()
     assert activations("rollout.prompts_per_iteration=16") == least
@@ -148,12 +162,14 @@ def test_only_the_micro_batch_decides_the_updates_activations(tiny_checkpoint: P
     assert activations("model.gradient_checkpointing=true") < 0.9 * least
 
 
-def test_the_rollout_does_not_grow_with_the_leaves_beyond_max_batch(tiny_checkpoint: Path) -> None:
+def test_the_rollout_does_not_grow_with_the_leaves_beyond_max_batch(
+    tiny_checkpoint: Path, measured: Measurements
+) -> None:
     def phases(window: int) -> tuple[int, int]:
         config = configuration(
             tiny_checkpoint, f"rollout.window_size={window}", "rollout.max_batch=2"
         )
-        parts = estimate(config).phase("rollout").device
+        parts = estimate(config, measurements=measured).phase("rollout").device
         return parts["activations"], parts["states"]
 
     (few, few_states), (many, many_states) = phases(2), phases(4)
@@ -171,28 +187,40 @@ def test_offload_moves_states_to_the_host(tiny_checkpoint: Path) -> None:
     assert moved.device["activations"] == kept.device["activations"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.7, 0.4, 0.2])
 def test_suggested_settings_fit_and_none_is_superfluous(
-    share: float, tiny_checkpoint: Path
+    share: float, tiny_checkpoint: Path, measured: Measurements
 ) -> None:
     changes = ["train.micro_batch=32", "rollout.prompts_per_iteration=16"]
     config = configuration(tiny_checkpoint, *changes)
-    measurements = Measurements(config.rollout.steps)
-    limit = int(share * estimate(config, measurements=measurements).peak)
-    advice = suggest(config, limit, measurements=measurements)
+    limit = int(share * estimate(config, measurements=measured).peak)
+    advice = suggest(config, limit, measurements=measured)
     assert advice.fits
     settings = [f"{change.key}={change.value}" for change in advice.changes]
     changed = configuration(tiny_checkpoint, *changes, *settings)
     assert estimate(changed).peak == advice.changes[-1].peak <= limit
     for setting in settings:
         others = [other for other in settings if other != setting]
-        assert estimate(configuration(tiny_checkpoint, *changes, *others)).peak > limit
+        lacking = configuration(tiny_checkpoint, *changes, *others)
+        assert estimate(lacking, measurements=measured).peak > limit
 
 
-def test_what_nothing_makes_fit_is_said(tiny_checkpoint: Path) -> None:
-    advice = suggest(configuration(tiny_checkpoint), 1000)
+@pytest.mark.slow
+def test_what_nothing_makes_fit_is_said(tiny_checkpoint: Path, measured: Measurements) -> None:
+    advice = suggest(configuration(tiny_checkpoint), 1000, measurements=measured)
     assert not advice.fits
     assert advice.changes
+
+
+def test_training_all_of_quantised_weights_is_not_planned(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    # As of a hub's checkpoint, whose configuration is known late.
+    packed = {"quantization_config": {"quant_method": "fbgemm_fp8"}}
+    folder = edited(tiny_checkpoint, tmp_path / "packed", {"transformer/config.json": packed})
+    with pytest.raises(ModelError, match=r"^model\.lora_rank: got 0, which trains all weights"):
+        Measurements(4).skeleton(configuration(folder).model)
 
 
 def test_peak_bytes_counts_what_is_alive() -> None:
@@ -251,6 +279,7 @@ def test_the_command_needs_configurations_alone(
     assert "the checkpoint is incomplete" in refusal
 
 
+@pytest.mark.slow
 def test_the_command_says_whether_it_fits(tiny_checkpoint: Path, treegrpo: CommandLine) -> None:
     arguments = (*SMALL, f"model.path={tiny_checkpoint}")
     out, data = plan_json(treegrpo, *arguments, "--memory", "24GiB")

@@ -144,10 +144,24 @@ def test_branch_grpo_normalises_as_it_is_told() -> None:
         assert all(map(torch.equal, credit.edges, expected.levels))
         return credit.edges
 
-    usual, unbiased = edges(), edges("advantage.ddof=1")
+    usual, unbiased = edges("advantage.ddof=0"), edges()
     # Over a depth's two nodes, the unbiased deviation is larger by the square root of 2.
     torch.testing.assert_close(unbiased[0], usual[0] / 2**0.5)
     assert edges("advantage.eps=1.0")[0].abs().max() < 0.8 * usual[0].abs().max()
+
+
+@pytest.mark.parametrize(
+    ("steps", "splits"), [(20, [0, 3, 6, 9]), (10, [0, 2, 3, 5]), (4, [0, 1, 2]), (1, [0])]
+)
+def test_branch_grpo_splits_at_the_published_shares_of_the_steps(
+    steps: int, splits: list[int]
+) -> None:
+    (share,) = method_of(
+        load_config(None, ["rollout.method=branch_grpo", f"rollout.steps={steps}"])
+    ).checked_plans(7)
+    assert share.name == ""  # there is no window to tell of
+    assert [step for step, k in enumerate(share.plan.branching) if k > 1] == splits
+    assert share.plan.leaves == 2 ** len(splits)
 
 
 def test_leaves_beyond_the_limit_are_refused() -> None:

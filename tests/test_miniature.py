@@ -12,6 +12,7 @@ import torch
 from command_line import CommandLine
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 
+from treegrpo.batch_size import BatchSize
 from treegrpo.config import ModelConfig
 from treegrpo.evaluation.measure import evaluate
 from treegrpo.evaluation.sampling import Draws, prompts_noises, sample
@@ -71,15 +72,7 @@ def folders() -> list[Path]:
     return [Path(resolve(name)) for name in EMBEDDED]
 
 
-def test_the_package_is_small() -> None:
-    """Before it is compressed, so that the wheel is too."""
-    package = Path(str(resources.files("treegrpo")))
-    files = [path for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    assert sum(path.stat().st_size for path in files) < 16e6
-    for folder in folders():
-        assert folder / "model_index.json" in files
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EMBEDDED)
 def test_a_checkpoint_is_an_honest_base_model(name: str) -> None:
     """Between 35% and 65% right before training: room to learn, and something to learn from."""
@@ -89,7 +82,7 @@ def test_a_checkpoint_is_an_honest_base_model(name: str) -> None:
     prompts = load_prompts("miniature", "held_out")
     rows: list[int] = []
     policy.network.register_forward_hook(lambda *given: rows.append(len(given[-1][0])))
-    draws = Draws(images_per_prompt=2, steps=10, seed=1, max_batch=256)
+    draws = Draws(images_per_prompt=2, steps=10, seed=1, max_batch=BatchSize(256))
     result = evaluate(policy, prompts, accuracy, draws)
     assert 0.35 < result.mean("accuracy") < 0.65
     assert sum(rows) == len(prompts) * 2 * 10
@@ -115,6 +108,7 @@ def test_both_belong_to_the_same_world() -> None:
     torch.testing.assert_close(std, torch.ones(4), atol=0.1, rtol=0)
 
 
+@pytest.mark.slow
 def test_the_diffusion_model_is_stable_diffusion_1_5_for_diffusers() -> None:
     """Without an argument beside the folder, and drawn as our rollout draws it."""
     prompts = ["two red circles", "a green triangle above a yellow square"]
@@ -135,11 +129,11 @@ def test_the_diffusion_model_is_stable_diffusion_1_5_for_diffusers() -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_the_diffusion_model(treegrpo: CommandLine) -> None:
-    recipe = Path(__file__).parent.parent / "configs" / "miniature-diffusion.yaml"
     changes = ("train.iterations=2", "rollout.prompts_per_iteration=2", "rollout.steps=4")
     quick = ("evaluation.max_prompts=2", "evaluation.images_per_prompt=1", "model.device=cpu")
-    code, _, err = treegrpo("train", str(recipe), *changes, *quick, "output=run")
+    code, _, err = treegrpo("train", "miniature-diffusion", *changes, *quick, "output=run")
     assert code == 0, err
     records = read_lines(Path("run/metrics.jsonl"))
     assert all(record["gradient_norm"] > 0 for record in records)
@@ -151,6 +145,7 @@ def test_the_recipe_trains_the_diffusion_model(treegrpo: CommandLine) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_script_makes_a_pipeline_that_it_can_go_on_with(tmp_path: Path) -> None:
     sizes = ("--images=64", "--curated-images=32", "--batch-size=8", "--curated-steps=1")
     pretrain.main([str(tmp_path / "raw"), "--kind=diffusion", "--raw-steps=1", *sizes])

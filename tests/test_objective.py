@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,11 +13,26 @@ from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
 from treegrpo.advantage import backup, leaf_advantages
-from treegrpo.objective import Loss, clipped_surrogate, gaussian_kl, losses, node_means
+from treegrpo.objective import (
+    Loss,
+    clipped_surrogate,
+    endpoint_losses,
+    gaussian_kl,
+    losses,
+    node_means,
+)
 from treegrpo.plan import RolloutPlan, flow_grpo, tree_grpo
 from treegrpo.rollout import Rollout, join, rollout
 from treegrpo.training.metrics import UpdateMetrics
-from treegrpo.transition import Reduction, clean_and_noise, flow_schedule, transitions
+from treegrpo.transition import (
+    Prediction,
+    Reduction,
+    TransitionKind,
+    clean_and_noise,
+    flow_schedule,
+    transitions,
+    variance_preserving_schedule,
+)
 
 DIMENSIONS, PROMPTS, STEPS = 3, 3, 5
 SCHEDULE = flow_schedule([1 - level / STEPS for level in range(STEPS + 1)])
@@ -85,9 +101,13 @@ def backward(each_loss: Iterator[Loss], metrics: UpdateMetrics | None = None) ->
     return total
 
 
-def gradient(policy: Policy, run: Callable[[], None]) -> Tensor:
+def gradient(policy: Policy, run: Callable[[], object]) -> Tensor:
     policy.zero_grad()
     run()
+    return gradient_of(policy)
+
+
+def gradient_of(policy: Policy) -> Tensor:
     grads = [parameter.grad for parameter in policy.parameters()]
     return torch.cat([grad.flatten() for grad in grads if grad is not None])
 
@@ -299,7 +319,7 @@ def test_guard_by_hand() -> None:
     assert record["ratio_error"] == pytest.approx(max(abs(r - 1) for r in ratios), rel=1e-10)
 
     bare, _ = forest_of(behavior, plan)
-    with pytest.raises(ValueError, match="guard: the rollout was made without keep_means"):
+    with pytest.raises(ValueError, match="the rollout was made without keep_means"):
         next(losses(policy, bare, [advantage], guard=True))
 
 
@@ -401,3 +421,152 @@ def test_a_flat_plan_is_plain_grpo() -> None:
     # Advantages are float32, everything else float64.
     assert value == pytest.approx(plain_value, rel=1e-5, abs=1e-7)
     assert (actual - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+# --- the endpoint objective ---
+
+
+def endpoint_by_hand(policy: Policy, forest: Rollout, advantages: tuple[Tensor, ...]) -> Tensor:
+    """Edge by edge, from the definition."""
+    total = torch.zeros((), dtype=torch.float64)
+    for level, advantage in zip(forest.levels, advantages, strict=True):
+        nodes, siblings = level.nodes.shape[1], level.branching
+        below = forest.plan.leaves // (nodes * siblings)
+        for prompt in range(PROMPTS):
+            for node in range(nodes):
+                x = level.nodes[prompt, node : node + 1]
+                (output,) = policy(x, level.step, torch.tensor([prompt]))
+                edges = range(node * siblings, (node + 1) * siblings)
+                ends = [forest.leaves[prompt, e * below : (e + 1) * below].mean(0) for e in edges]
+                values = [advantage[prompt, e].item() for e in edges]
+                for end, value in zip(ends, values, strict=True):
+                    away = end - sum(ends) / siblings
+                    size = math.sqrt(away.square().mean().item() + 1e-6)
+                    local = value - sum(values) / siblings
+                    total = total + local * (away / size * output).mean()
+    return total / (PROMPTS * forest.plan.edges)
+
+
+def test_the_endpoint_objective_by_hand_in_any_micro_batches() -> None:
+    policy = Policy()
+    forest, advantages = forest_of(policy)
+    values: list[float] = []
+
+    def by_hand() -> None:
+        value = endpoint_by_hand(policy, forest, advantages)
+        value.backward()  # type: ignore[no-untyped-call]
+        values.append(value.item())
+
+    expected = gradient(policy, by_hand)
+    assert expected.abs().max() > 1e-3
+    for micro_batch in (None, 1, 5):
+        metrics = UpdateMetrics()
+        parts = endpoint_losses(policy, forest, advantages, micro_batch=micro_batch)
+        policy.zero_grad()
+        values.append(backward(parts, metrics))
+        actual = gradient_of(policy)
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+        assert values[-1] == pytest.approx(values[0], rel=1e-9)
+        assert metrics.forwards == PROMPTS * TREE.update_forwards
+        assert metrics.record()["ratio_error"] < 1e-12
+
+
+def test_the_endpoint_objective_knows_differences_between_siblings_only() -> None:
+    """What siblings share, in value or in their endpoints, teaches nothing."""
+    policy = Policy()
+    forest, advantages = forest_of(policy)
+    first = gradient(policy, lambda: backward(endpoint_losses(policy, forest, advantages)))
+    shifted = tuple(
+        edges + torch.randn(*edges.shape[:1], edges.shape[1] // 3, 1).expand(-1, -1, 3).flatten(1)
+        for edges in advantages
+    )
+    again = gradient(policy, lambda: backward(endpoint_losses(policy, forest, shifted)))
+    torch.testing.assert_close(again, first, rtol=1e-5, atol=1e-7)
+    same_ends = replace(forest, leaves=forest.leaves[:, :1].expand_as(forest.leaves))
+    nothing = gradient(policy, lambda: backward(endpoint_losses(policy, same_ends, advantages)))
+    assert nothing.abs().max() < 1e-12  # the mean of equal numbers is rounded
+    flat, edges = forest_of(policy, flow_grpo(STEPS, group_size=4))
+    nothing = gradient(policy, lambda: backward(endpoint_losses(policy, flat, edges)))
+    assert nothing.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "epsilon", "v_prediction", "sample"])
+def test_the_clean_estimate_moves_towards_the_better_child(prediction: Prediction) -> None:
+    """Whatever the model's output is: one step down the gradient, and the estimate is nearer."""
+    alphas = [0.01, 0.2, 0.5, 0.8, 0.95, 1.0]
+    schedule = (
+        SCHEDULE if prediction == "velocity" else variance_preserving_schedule(alphas, prediction)
+    )
+    kind: TransitionKind = "flow_sde" if prediction == "velocity" else "ddim"
+    plan = tree_grpo(STEPS, branching=2, window_size=1, window_start=1)
+    output = torch.zeros(1, DIMENSIONS, dtype=torch.float64, requires_grad=True)
+
+    def predict(x: Tensor, step: int, prompt_index: Tensor) -> Tensor:
+        return output + 0.2 * x
+
+    generator = torch.Generator().manual_seed(2)
+    noise = torch.randn(1, 1, DIMENSIONS, dtype=torch.float64, generator=generator)
+    steps = transitions(schedule, plan.stochastic, kind)
+    forest = rollout(predict, noise, plan, schedule, steps, generator=generator)
+    worse, better = forest.leaves[0]
+    backward(endpoint_losses(predict, forest, [torch.tensor([[-1.0, 1.0]])]))
+    (level,) = forest.levels
+    x = level.nodes[0]
+    clean, _ = clean_and_noise(output.detach() + 0.2 * x, x, schedule, level.step)
+    assert output.grad is not None
+    moved, _ = clean_and_noise(output.detach() - output.grad + 0.2 * x, x, schedule, level.step)
+    step, way = (moved - clean)[0], better - worse
+    assert torch.cosine_similarity(step, way, dim=0) == pytest.approx(1.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("objective", [losses, endpoint_losses])
+def test_a_trust_region_leaves_out_what_has_moved_far_and_is_favoured(
+    objective: Callable[..., Iterator[Loss]],
+) -> None:
+    """Node by node against the definition: |mean - old mean|^2 / (2 std^2) per dimension, and
+    whether the child is likelier (or the mean nearer to where it ends) than when it was sampled."""
+    behavior = Policy()
+    plan = tree_grpo(STEPS, branching=3, window_size=1, window_start=1)
+    forest, (advantage,) = forest_of(behavior, plan, keep_means=True)
+    policy = moved(behavior, 0.1)
+    (level,) = forest.levels
+    index = torch.arange(PROMPTS)
+    nodes, std = level.nodes.flatten(0, 1), level.transition.std
+    with torch.no_grad():
+        new = level.transition.mean(
+            *clean_and_noise(policy(nodes, level.step, index), nodes, SCHEDULE, level.step)
+        )
+    assert level.mean is not None
+    shift = new - level.mean.flatten(0, 1)
+    distances = shift.square().mean(1) / (2 * std**2)
+    middle = distances.median().item()
+    if objective is losses:
+        old = level.mean.flatten(0, 1)[:, None]
+        nearer = (level.children - new[:, None]).square().sum(-1) < (
+            level.children - old
+        ).square().sum(-1)
+        favoured = (advantage > 0) == nearer
+    else:
+        ends = forest.leaves - forest.leaves.mean(1, keepdim=True)
+        local = advantage - advantage.mean(1, keepdim=True)
+        favoured = local * torch.einsum("nkd,nd->nk", ends, shift) > 0
+    left_out = favoured & (distances >= middle)[:, None]
+    assert 0 < left_out.sum() < favoured.sum() < left_out.numel()
+
+    # One edge at a time: its gradient is there, or not.
+    for prompt in range(PROMPTS):
+        for child in range(3):
+            one = torch.zeros_like(advantage)
+            one[prompt, child] = advantage[prompt, child]
+            if objective is losses:
+                policy.zero_grad()
+                backward(objective(policy, forest, [one], max_divergence=middle))
+                grown = gradient_of(policy)
+                assert (grown.abs().max() == 0) == bool(left_out[prompt, child])
+    metrics = UpdateMetrics()
+    backward(objective(policy, forest, [advantage], max_divergence=middle), metrics)
+    assert metrics.record()["clip_fraction"] == pytest.approx(left_out.double().mean().item())
+
+    bare, _ = forest_of(behavior, plan)
+    with pytest.raises(ValueError, match="max_divergence: the rollout was made without keep_means"):
+        next(objective(policy, bare, [advantage], max_divergence=1.0))

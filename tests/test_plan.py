@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -98,8 +98,10 @@ def test_flat_counts() -> None:
         dance_grpo(6, group_size=5),
         mix_grpo(6, group_size=5, window_size=2, window_start=1),
         branch_grpo(6, split_steps=(0, 4)),
+        tree_grpo(6, branching=2, window_size=2, window_start=1).with_tail(2),
+        mix_grpo(6, group_size=5, window_size=1).with_tail(3),
     ],
-    ids=["tree", "flow", "dance", "mix", "branch"],
+    ids=["tree", "flow", "dance", "mix", "branch", "tree-tail", "mix-tail"],
 )
 def test_counts_are_those_of_a_real_rollout_and_update(plan: RolloutPlan) -> None:
     prompts, rows = 3, Counter[str]()
@@ -111,7 +113,9 @@ def test_counts_are_those_of_a_real_rollout_and_update(plan: RolloutPlan) -> Non
 
     schedule = flow_schedule([1 - level / 6 for level in range(7)])
     noise = torch.randn(prompts, plan.roots, 2)
-    forest = rollout(predict, noise, plan, schedule, transitions(schedule, plan.stochastic))
+    forest = rollout(
+        predict, noise, plan, schedule, transitions(schedule, plan.stochastic, levels=plan.levels)
+    )
     phase = "update"
     advantages = [torch.zeros_like(level.log_prob) for level in forest.levels]
     parts = list(losses(predict, forest, advantages, micro_batch=4))
@@ -121,6 +125,33 @@ def test_counts_are_those_of_a_real_rollout_and_update(plan: RolloutPlan) -> Non
     assert sum(part.means["kl"].numel() for part in parts) == prompts * plan.edges
     assert [part.is_last for part in parts] == [False] * (len(parts) - 1) + [True]
     assert forest.leaves.shape == (prompts, plan.leaves, 2)
+
+
+@pytest.mark.parametrize("start", range(8))
+def test_a_tail_has_at_most_so_many_steps_over_the_levels_that_were_left(start: int) -> None:
+    whole = tree_grpo(10, branching=3, window_size=3, window_start=start)
+    plan = whole.with_tail(3)
+    left = 7 - start
+    if left <= 3:
+        assert plan == whole
+    assert plan.rollout_forwards == start + 13 + 27 * min(3, left)
+    assert (plan.leaves, plan.update_forwards, plan.edges) == (27, 13, 39)
+    assert plan.levels[: start + 4] == tuple(range(start + 4))
+    assert plan.levels[-1] == 10
+    taken = [after - before for before, after in pairwise(plan.levels[start + 3 :])]
+    assert sum(taken) == left
+    assert not taken or max(taken) - min(taken) <= 1  # spread evenly
+
+
+def test_only_deterministic_steps_skip_levels() -> None:
+    with pytest.raises(PlanError, match=r"levels: got \(0, 2, 3\); .* by 1 at a stochastic step"):
+        RolloutPlan(1, (2, 1), (True, False), (0, 2, 3))
+    with pytest.raises(PlanError, match="they must rise"):
+        RolloutPlan(1, (2, 1), (True, False), (0, 1, 1))
+    with pytest.raises(PlanError, match="levels: got 2; a plan of 2 steps has 3"):
+        RolloutPlan(1, (2, 1), (True, False), (0, 1))
+    with pytest.raises(PlanError, match="tail_steps: got 0"):
+        tree_grpo(5).with_tail(0)
 
 
 @given(plans())

@@ -14,6 +14,7 @@ import torch
 from diffusers import StableDiffusion3Pipeline
 from safetensors.torch import load_file, save_file
 
+from treegrpo.batch_size import BatchSize
 from treegrpo.config import ModelConfig, load_config
 from treegrpo.evaluation.sampling import Draws, sample
 from treegrpo.models import text
@@ -61,7 +62,9 @@ def pipeline_images(pipeline: Any, noise: torch.Tensor, **settings: Any) -> torc
 
 def policy_images(policy: Policy) -> torch.Tensor:
     """One image per prompt, from the noises that `noise_of` gives."""
-    return sample(policy, PROMPTS, Draws(images_per_prompt=1, steps=STEPS, max_batch=64))[:, 0]
+    return sample(
+        policy, PROMPTS, Draws(images_per_prompt=1, steps=STEPS, max_batch=BatchSize(64))
+    )[:, 0]
 
 
 def noise_of(policy: Policy) -> torch.Tensor:

@@ -16,6 +16,7 @@ from gaussian import (
 )
 
 from treegrpo.advantage import Backup
+from treegrpo.objective import endpoint_losses
 from treegrpo.plan import RolloutPlan, dance_grpo, mix_grpo, tree_grpo
 from treegrpo.transition import flow_schedule, transitions
 
@@ -91,3 +92,32 @@ def test_estimates_are_unbiased_up_to_the_known_factor(
     for step in range(STEPS):
         if factors[step] == 0:
             assert estimates[:, step].abs().max() == 0
+
+
+@pytest.mark.parametrize("tail", [None, 1], ids=["whole", "fast"])
+def test_the_endpoint_objective_points_along_the_policy_gradient(tail: int | None) -> None:
+    """For a linear reward, whose gradient has one direction: on average there is no part across it,
+    at any step, and a positive one along it. So too with a shortened tail."""
+    groups = 4000
+    plan = TREE if tail is None else TREE.with_tail(tail)
+    steps = transitions(SCHEDULE, TREE.stochastic)
+    estimates = policy_gradients(
+        GAUSSIAN,
+        plan,
+        transitions(SCHEDULE, plan.stochastic, levels=plan.levels),
+        LINEAR,
+        mode="uniform",
+        groups=groups,
+        generator=torch.Generator().manual_seed(0),
+        objective=endpoint_losses,
+    )[:, list(TREE.stochastic_steps)]
+    exact = exact_gradients(GAUSSIAN, steps, LINEAR)[list(TREE.stochastic_steps)]
+    along = torch.nn.functional.normalize(exact, dim=-1)
+    across = torch.stack([-along[:, 1], along[:, 0]], dim=-1)
+    for axis, has_part in ((along, True), (across, False)):
+        parts = (estimates * axis).sum(-1)
+        standard_error = parts.std(0) / groups**0.5
+        if has_part:
+            assert (parts.mean(0) > 20 * standard_error).all()
+        else:
+            assert (parts.mean(0).abs() <= 5 * standard_error + 1e-9).all()

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -227,8 +228,9 @@ def minimal_server(port: int) -> Iterator[int]:
 
 
 def test_a_killed_server_that_comes_back_goes_on_answering(
-    caplog: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(http, "FIRST_ANSWER_SECONDS", 0.0)  # it has answered before
     images, prompts = gray(40)
     with minimal_server(0) as port:
         remote = Remote(f"http://127.0.0.1:{port}", batch_size=4, give_up_after_seconds=PATIENCE)
@@ -271,6 +273,24 @@ def test_a_server_that_is_gone_for_good_is_given_up(tmp_path: Path) -> None:
     assert np.load(next(tmp_path.iterdir()))["images"].shape == (9, 3, 4, 4)
     with pytest.raises(UserError, match="did not answer"):
         remote.check([], None)
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_a_server_that_never_answered_is_not_waited_for_long(
+    listens: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is at that port, or somebody who does not speak HTTP; give_up_after_seconds is 600."""
+    monkeypatch.setattr(http, "FIRST_ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(http, "CONNECT_SECONDS", 0.2)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if listens:
+            other.listen()
+        remote = Remote(f"http://127.0.0.1:{other.getsockname()[1]}")
+        begin = time.monotonic()
+        with pytest.raises(UserError, match=r"did not answer for [01] s"):
+            remote.reach()
+    assert time.monotonic() - begin < 5
 
 
 def test_a_hanging_server_is_given_up() -> None:

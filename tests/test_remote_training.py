@@ -24,6 +24,7 @@ from treegrpo.run_folder import read_lines
 from treegrpo.training.build import build
 from treegrpo.training.loop import iterate
 
+pytestmark = pytest.mark.slow
 PROMPTS, ITERATIONS = 4, 3
 PATIENCE = 120.0  # seconds; reached only where a test fails
 # What the metrics of two runs of the same course may differ in.
@@ -42,8 +43,9 @@ class Mortal:
         self.left -= 1
         return composition(images, prompts, metadata)
 """
-# The evaluation before training, the first iteration, and one of the second iteration's batches.
-ANSWERS = 1 + PROMPTS + 1
+# The gray pictures, the evaluation before training, the first iteration, and one of the second
+# iteration's batches.
+ANSWERS = 2 + PROMPTS + 1
 
 
 @pytest.fixture(autouse=True)

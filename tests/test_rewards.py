@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 from torch.nn import functional
+from transformers import CLIPImageProcessorPil
 
 from treegrpo.errors import UserError
-from treegrpo.images import as_pictures
+from treegrpo.images import as_pictures, resized, to_uint8
 from treegrpo.miniature.scenes import (
     BACKGROUND,
     COLORS,
@@ -36,9 +37,11 @@ from treegrpo.rewards import (
     Reward,
     RewardError,
     check_reward,
+    image_reward,
     load_reward,
     score,
 )
+from treegrpo.rewards.clip_models import process_pictures
 from treegrpo.rewards.composition import (
     composition,
     composition_accuracy,
@@ -446,3 +449,32 @@ def test_a_failing_reward_is_named_and_its_images_kept(
         assert isinstance(caught.value.__cause__, KeyError)
     with pytest.raises(RewardError, match="were not kept"):
         score("mine:it", reward, images, prompts, None, None)
+
+
+# --- Pillow ---
+
+
+@pytest.mark.parametrize("reward", ["image_reward", "clip"])
+def test_pixels_do_not_depend_on_pillows_order_of_passes(
+    reward: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow 13 takes rows before columns where a picture is more than twice as tall as wide."""
+    tall = torch.rand(2, 3, 90, 40, generator=torch.Generator().manual_seed(0))
+    resize = Image.Image.resize
+
+    def rows_first(image: Image.Image, size: tuple[int, int], resample: int, **more: Any) -> Any:
+        rows = resize(image, (image.width, size[1]), resample, **more)
+        return resize(rows, size, resample, **more)
+
+    def pixels() -> torch.Tensor:
+        if reward == "image_reward":
+            return image_reward.preprocess(tall)
+        processor = CLIPImageProcessorPil(size={"shortest_edge": 28}, do_center_crop=False)
+        return process_pictures(processor, to_uint8(tall))
+
+    usual = pixels()
+    monkeypatch.setattr(Image.Image, "resize", rows_first)
+    assert torch.equal(pixels(), usual)
+    picture = Image.fromarray(to_uint8(tall)[0].permute(1, 2, 0).numpy())
+    columns_first = resized(picture, 28, 63, Image.Resampling.BICUBIC)
+    assert columns_first != picture.resize((28, 63), Image.Resampling.BICUBIC), "the order shows"

@@ -10,17 +10,23 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from command_line import CommandLine
 from tiny_checkpoints import edited, stable_diffusion, stable_diffusion_xl
 from tiny_checkpoints.stable_diffusion import BETAS, SCHEDULER
 from torch import Tensor
 
-from treegrpo.config import ModelConfig
+from treegrpo.config import ModelConfig, load_config, method_of
 from treegrpo.models.folder import ModelError
 from treegrpo.models.opening import open_policy
 from treegrpo.models.policy import Policy
-from treegrpo.plan import PlanError, RolloutPlan
+from treegrpo.plan import PlanError, RolloutPlan, tree_grpo
 from treegrpo.rollout import rollout
-from treegrpo.transition import clean_and_noise, transitions
+from treegrpo.transition import (
+    TransitionKind,
+    clean_and_noise,
+    flow_schedule,
+    transitions,
+)
 
 # diffusers about settings that its pipeline changes, and about numpy.
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:__array__")
@@ -247,3 +253,24 @@ def test_settings_that_stable_diffusion_lacks_are_refused(source: Path) -> None:
         open_policy(model, device=torch.device("cpu"))
     with pytest.raises(ModelError, match="steps: got 1000; must be less than the 1000 levels"):
         opened(source).schedule(1000)
+
+
+def test_the_stochastic_step_is_the_familys_own(source: Path, treegrpo: CommandLine) -> None:
+    schedule, config = opened(source).schedule(10), load_config(None, [])
+    plan = tree_grpo(10, branching=3, window_size=3)
+    kinds: tuple[TransitionKind, ...] = ("ddim", "flow_sde")
+    for levels, kind in zip(
+        (schedule, flow_schedule([1 - n / 10 for n in range(11)])), kinds, strict=True
+    ):
+        steps = method_of(config).transitions(levels, plan)
+        assert steps == transitions(levels, plan.stochastic, kind, config.rollout.noise_level)
+    # Another family's is refused before torch is imported, let alone a reward's weights read.
+    for command in ("train", "plan"):
+        for kind in ("flow_sde", "dance_sde"):
+            arguments = (f"model.path={source}", f"rollout.transition={kind}")
+            message = treegrpo.refusal(command, *arguments)
+            assert message.startswith(f"rollout.transition: got {kind}, which is for flow models; ")
+    # Of a hub's checkpoint nothing is known before it is here.
+    wrong = method_of(load_config(None, ["rollout.transition=dance_sde"]))
+    with pytest.raises(PlanError, match=r"^rollout\.transition: got dance_sde"):
+        wrong.transitions(schedule, plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import torch
 from accelerate import PartialState
 from command_line import CommandLine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from treegrpo.config import load_config
 from treegrpo.errors import UserError
 from treegrpo.evaluation.results import Evaluation
-from treegrpo.run_folder import read_lines
+from treegrpo.run_folder import drop_lines_from, read_lines
 from treegrpo.tracking import Tracker
 
 
@@ -98,6 +101,52 @@ def test_every_tracker_gets_figures_pictures_and_the_configuration(
     assert {"train/reward", "held_out/x"} <= {*tags["scalars"]}
     sizes = [(image.width, image.height) for tag in tags["images"] for image in board.Images(tag)]
     assert sizes == [(12, 4)]  # side by side
+
+
+def test_tensorboard_knows_the_settings(tmp_path: Path) -> None:
+    PartialState()
+    rewards = "rewards=[{name: composition, label: x}, {name: ocr, label: y, options: {a: [1]}}]"
+    tracker = Tracker(load_config(None, [rewards, f"output={tmp_path}"]), enabled=True)
+    tracker.finish()
+    board = EventMultiplexer().AddRunsFromDirectory(str(tmp_path / "tensorboard")).Reload()
+    assert list(board.Runs()) == ["."]  # no run of their own
+    found = board.PluginRunToTagToContent("hparams")["."]
+    start = HParamsPluginData.FromString(found["_hparams_/session_start_info"]).session_start_info
+    assert start.hparams["rollout.method"].string_value == "tree_grpo"
+    assert start.hparams["train.learning_rate"].number_value == 2e-4
+    assert start.hparams["model.gradient_checkpointing"].bool_value is False
+    assert '"a": [1]' in start.hparams["rewards"].string_value
+    experiment = HParamsPluginData.FromString(found["_hparams_/experiment"]).experiment
+    shown = [info.name.tag for info in experiment.metric_infos]
+    assert shown == ["held_out/x", "held_out/y"]  # figures by which runs are compared
+    (text,) = (
+        EventAccumulator(str(tmp_path / "tensorboard"))
+        .Reload()
+        .Tensors("configuration/text_summary")
+    )
+    assert b"method: tree_grpo" in text.tensor_proto.string_val[0]
+
+
+def test_a_resumed_run_draws_one_line(tmp_path: Path) -> None:
+    PartialState()
+    config = load_config(None, [f"output={tmp_path}", "rewards=[{name: composition, label: x}]"])
+    broken = Tracker(config, enabled=True)
+    broken.evaluation(0, evaluation())
+    for iteration in range(5):  # the last saved state is that after three
+        broken.metrics({"iteration": iteration, "reward": 0.1})
+        broken.evaluation(iteration + 1, evaluation())
+    broken.finish()
+    for name, first in {"metrics.jsonl": 3, "evaluations.jsonl": 4}.items():
+        drop_lines_from(tmp_path / name, first)
+    time.sleep(1.1)  # files of events are read by the second in which they were begun
+    resumed = Tracker(config, enabled=True, resumed_at=3)
+    resumed.metrics({"iteration": 3, "reward": 0.2})
+    resumed.evaluation(4, evaluation())
+    resumed.finish()
+    board: Any = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    rewards = [(event.step, round(event.value, 3)) for event in board.Scalars("train/reward")]
+    assert rewards == [(0, 0.1), (1, 0.1), (2, 0.1), (3, 0.2)]
+    assert [event.step for event in board.Scalars("held_out/x")] == [0, 1, 2, 3, 4]
 
 
 def test_processes_that_do_not_write_start_nothing(

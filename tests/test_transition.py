@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from gaussian import Gaussian, moments
+from scipy.integrate import quad
 from torch import Tensor
 from torch.distributions import Normal
 
-from treegrpo.plan import PlanError, RolloutPlan
+from treegrpo.plan import PlanError, RolloutPlan, tree_grpo
 from treegrpo.rollout import rollout
 from treegrpo.transition import (
     Prediction,
@@ -22,6 +24,7 @@ from treegrpo.transition import (
     clean_and_noise,
     flow_schedule,
     log_prob,
+    multistep,
     ode,
     stochastic,
     transitions,
@@ -341,3 +344,80 @@ def test_deterministic_transitions_have_no_noise() -> None:
     steps = transitions(FLOW, [True, False, True, False, False], "flow_sde")
     assert [step.std > 0 for step in steps] == [True, False, True, False, False]
     assert steps[1] == Transition(FLOW.alpha[2], FLOW.sigma[2], 0.0)
+
+
+TAILED = {
+    "flow": lambda levels: flow_schedule([3 * t / (1 + 2 * t) for t in levels]),
+    "cosine": lambda levels: cosine_schedule(len(levels) - 1),
+}
+
+
+@pytest.mark.parametrize("family", TAILED)
+def test_a_skipping_tail_is_of_second_order(family: str) -> None:
+    """Against the flow of a Gaussian, which is known: distances from the mean grow as its standard
+    deviation does. Twice the steps leave a quarter of the error, but for a factor of log(steps)
+    that the end at sigma = 0 adds; a first-order tail leaves half."""
+    many = 3072
+    schedule = TAILED[family]([1 - level / many for level in range(many + 1)])
+    gaussian = Gaussian(schedule, torch.tensor([1.5, -0.5], dtype=torch.float64), 0.5)
+    start = many // 8
+    (mean, variance), (_, last) = gaussian.marginal(start), gaussian.marginal(many)
+    x = torch.tensor([[[0.3, -0.9]]], dtype=torch.float64)
+    exact = gaussian.mean + (x - mean) * math.sqrt(last / variance)
+
+    def error(steps: int, *, first_order: bool = False) -> float:
+        levels = [start + step * (many - start) // steps for step in range(steps + 1)]
+        plan = RolloutPlan(1, (1,) * steps, (False,) * steps, tuple(levels))
+        tail = transitions(schedule, plan.stochastic, levels=plan.levels)
+        if first_order:
+            tail = tuple(ode(schedule, *pair) for pair in pairwise(levels))
+        forest = rollout(gaussian, x, plan, schedule, tail)
+        assert forest.forwards == steps
+        return float((forest.leaves - exact).norm())
+
+    assert 0.2 < error(192) / error(96) < 0.3
+    assert 0.45 < error(192, first_order=True) / error(96, first_order=True) < 0.55
+    assert error(6) < error(6, first_order=True) / 2
+
+
+@pytest.mark.parametrize("family", TAILED)
+@pytest.mark.parametrize(("before", "level", "after"), [(1, 3, 6), (3, 6, 7), (5, 6, 10)])
+def test_multistep_integrates_the_line_through_two_clean_estimates(
+    family: str, before: int, level: int, after: int
+) -> None:
+    """Against numerical quadrature of the exact solution, whose clean estimate is that line."""
+    schedule = TAILED[family]([1 - number / 10 for number in range(11)])
+    rho = [
+        sigma / alpha if alpha else math.inf
+        for alpha, sigma in zip(schedule.alpha, schedule.sigma, strict=True)
+    ]
+    step = multistep(schedule, before, level, after)
+    # x' / sigma' = x / sigma + integral of clean(r) / r^2 from rho' to rho; sigma' = 0 is a limit.
+    sigma = max(schedule.sigma[after], 1e-9)
+    end = sigma / schedule.alpha[after]
+    for clean, previous, noise in ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.3, -1.2, 0.8)):
+        slope = (clean - previous) / (rho[level] - rho[before])
+        # In u = 1 / r, so that the integrand stays finite.
+        integral, _ = quad(
+            lambda u, c=clean, s=slope: c + s * (1 / u - rho[level]),
+            1 / rho[level],
+            1 / end,
+            limit=500,
+        )
+        x = schedule.alpha[level] * clean + schedule.sigma[level] * noise
+        expected = sigma * (x / schedule.sigma[level] + integral)
+        actual = step.mean(torch.tensor(clean), torch.tensor(noise), torch.tensor(previous)).item()
+        assert actual == pytest.approx(expected, abs=1e-6)
+    assert step.std == 0
+
+
+def test_a_tail_that_skips_nothing_is_the_schedules_own() -> None:
+    plan = tree_grpo(5, branching=2, window_size=2, window_start=1)
+    own = transitions(FLOW, plan.stochastic, "flow_sde", 0.7)
+    same = plan.with_tail(2)
+    assert transitions(FLOW, same.stochastic, "flow_sde", 0.7, same.levels) == own
+    skipping = plan.with_tail(1)
+    # One step has no estimate before it on its own way.
+    assert transitions(FLOW, skipping.stochastic, "flow_sde", 0.7, skipping.levels)[3:] == (
+        ode(FLOW, 3, 5),
+    )

@@ -62,6 +62,7 @@ COMMON = (
 )
 _WINDOW = ("rollout.window_size=2", "rollout.window_schedule=fixed")
 TREE = (*COMMON, "rollout.method=tree_grpo", "rollout.branching=2", *_WINDOW)
+ENDPOINT = (*COMMON, "rollout.method=tree_endpoint", "rollout.branching=2", *_WINDOW)
 MIX = (*COMMON, "rollout.method=mix_grpo", "rollout.group_size=3", *_WINDOW)
 FLOW = (*COMMON, "rollout.method=flow_grpo", "rollout.group_size=3")
 DDPO = (*COMMON, "rollout.method=ddpo", "rollout.group_size=3")
@@ -72,8 +73,16 @@ BRANCH = (
     "rollout.branching=2",
     "rollout.split_steps=[0, 1]",
 )
-METHODS = {"tree": TREE, "mix": MIX, "flow": FLOW, "ddpo": DDPO, "dance": DANCE, "branch": BRANCH}
-WINDOWED = {"tree": TREE, "mix": MIX}
+METHODS = {
+    "tree": TREE,
+    "endpoint": ENDPOINT,
+    "mix": MIX,
+    "flow": FLOW,
+    "ddpo": DDPO,
+    "dance": DANCE,
+    "branch": BRANCH,
+}
+WINDOWED = {"tree": TREE, "endpoint": ENDPOINT, "mix": MIX}
 # Windows that have somewhere to go.
 MOVING = {
     name: (*context, "rollout.steps=5", "rollout.window_size=1")
@@ -82,6 +91,10 @@ MOVING = {
 SHIFTING = {
     name: (*context, "rollout.window_schedule=shifting", "rollout.shift_every=1")
     for name, context in MOVING.items()
+}
+TAILED = {
+    name: (*context, "rollout.steps=5", "rollout.tail_check_every=0")
+    for name, context in WINDOWED.items()
 }
 RANDOM = {
     name: (*context, "rollout.window_schedule=random", "rollout.window_decay=1.0")
@@ -219,6 +232,12 @@ MODEL = [
         keeps=("noise",),
     ),
     time_and_memory_only("model.embedding_cache", "embeddings", changes=("files", "embeddings")),
+    Row(
+        "model.embedding_cache_gib",
+        "1e-9",
+        STORED,
+        refused=r"^model\.embedding_cache_gib: got 1e-09, but the embeddings of 7 prompts take",
+    ),
     time_and_memory_only("model.gradient_checkpointing", "true", becomes={"checkpointing": [True]}),
     time_and_memory_only("model.compile", "true", becomes={"compiled": ["SD3Transformer2DModel"]}),
     time_and_memory_only(
@@ -262,6 +281,13 @@ MODEL = [
         LORA,
         changes=("first_gradients", "evaluations", "exported"),
         keeps=("trained", "untrained", *FIRST),
+    ),
+    Row(
+        "model.lora_path",
+        "$files/lora",
+        LORA,
+        changes=("untrained", *IMAGES, *LEARNED),
+        keeps=("trained", "noise"),
     ),
     Row(
         "model.lora_targets",
@@ -317,7 +343,7 @@ ROLLOUT = [
         "branch_grpo",
         (*BRANCHES, "rollout.method=tree_grpo"),
         case="branch",
-        becomes=plans(1, (2, 1, 1), (T, T, T)),
+        becomes=plans(1, (2, 2, 1), (T, T, T)),
     ),
     Row(
         "rollout.method",
@@ -342,9 +368,22 @@ ROLLOUT = [
         keeps=("prompts", "noise"),
     ),
     *for_each(SHIFTING, "rollout.steps", "2", becomes={"window": [0, 0]}),
-    Row("rollout.trees", "2", becomes=plans(2, (2, 2, 1), (T, T, F)), changes=("noise",)),
     *for_each(
-        {"tree": TREE},
+        {"tree": TREE, "endpoint": ENDPOINT},
+        "rollout.trees",
+        "2",
+        becomes=plans(2, (2, 2, 1), (T, T, F)),
+        changes=("noise",),
+    ),
+    Row(
+        "rollout.method",
+        "tree_endpoint",
+        case="endpoint",
+        changes=("first_gradients", "metrics_names"),
+        keeps=("plans", "noise", *FIRST),
+    ),
+    *for_each(
+        {"tree": TREE, "endpoint": ENDPOINT},
         "rollout.branching",
         "3",
         becomes=plans(1, (3, 3, 1), (T, T, F)),
@@ -365,7 +404,12 @@ ROLLOUT = [
         becomes=plans(2, (1, 1, 1), (T, T, T)),
     ),
     *for_each({"dance": DANCE}, "rollout.group_size", "2", becomes=plans(1, (2, 1, 1), (T, T, T))),
-    *for_each({"tree": TREE}, "rollout.window_size", "1", becomes=plans(1, (2, 1, 1), (T, F, F))),
+    *for_each(
+        {"tree": TREE, "endpoint": ENDPOINT},
+        "rollout.window_size",
+        "1",
+        becomes=plans(1, (2, 1, 1), (T, F, F)),
+    ),
     *for_each({"mix": MIX}, "rollout.window_size", "1", becomes=plans(3, (1, 1, 1), (T, F, F))),
     *for_each(
         {f"{name} shifting": context for name, context in SHIFTING.items()},
@@ -378,13 +422,28 @@ ROLLOUT = [
     *for_each(RANDOM, "rollout.window_decay", "1e-3", becomes={"window": [0, 0]}),
     *for_each(SHIFTING, "rollout.shift_by", "2", becomes={"window": [0, 2]}),
     *for_each(SHIFTING, "rollout.shift_every", "2", becomes={"window": [0, 0]}),
+    *for_each(
+        TAILED,
+        "rollout.tail_steps",
+        "1",
+        becomes={"levels": [(0, 1, 2, 5)] * 2},
+        changes=("rollout_batches", "first_leaves", "gradients"),
+        keeps=("noise", "sigmas", "first_log_probs", "first_evaluations"),
+    ),
+    *for_each(
+        {name: (*context, "rollout.tail_steps=1") for name, context in TAILED.items()},
+        "rollout.tail_check_every",
+        "2",
+        becomes={"tail_checks": [0]},
+        keeps=("noise", "leaves", "gradients", "evaluations"),
+    ),
     Row("rollout.split_steps", "[0, 2]", BRANCH, becomes=plans(1, (2, 1, 2), (T, T, T))),
     Row(
         "rollout.split_steps",
         "null",
-        BRANCH,
+        (*BRANCH, "rollout.split_steps=[0]"),
         case="chosen",
-        becomes=plans(1, (2, 1, 1), (T, T, T)),
+        becomes=plans(1, (2, 2, 1), (T, T, T)),
     ),
     *for_each(
         {"flow": FLOW, "ddpo": DDPO},
@@ -423,7 +482,7 @@ ROLLOUT = [
         "1",
         (*BRANCHES, "rollout.method=branch_grpo"),
         case="chosen steps",
-        refused=r"= 2 leaves per prompt .*, more than max_leaves = 1$",
+        refused=r"= 4 leaves per prompt .*, more than max_leaves = 1$",
     ),
     *for_each(METHODS, "rollout.max_leaves", "1", refused=r"max_leaves"),
     time_and_memory_only(
@@ -480,7 +539,7 @@ ADVANTAGE = [
     *for_each(
         {"branch": BRANCH}, "advantage.eps", "1.0", changes=("advantages", "first_gradients")
     ),
-    *for_each({"branch": BRANCH}, "advantage.ddof", "1", changes=("advantages", "first_gradients")),
+    *for_each({"branch": BRANCH}, "advantage.ddof", "0", changes=("advantages", "first_gradients")),
 ]
 
 OBJECTIVE = [
@@ -531,6 +590,20 @@ OBJECTIVE = [
         KL,
         becomes={"modules_on_cpu": ["SD3Transformer2DModel"] * 3},  # at first, and when it was used
     ),
+    *(
+        Row(
+            "objective.max_divergence",
+            "1e-12",
+            (*context, "train.inner_epochs=2", *clip),
+            case=name,
+            changes=("clip_fractions", "gradients"),
+            keeps=("noise", "first_gradients", *FIRST),
+        )
+        for name, context, clip in (
+            ("clipped", TREE, ("objective.clip_low=1", "objective.clip_high=1e3")),
+            ("endpoint", ENDPOINT, ()),
+        )
+    ),
     Row(
         "objective.guard",
         "true",
@@ -547,7 +620,7 @@ TRAIN = [
         becomes={
             "iterations": 3,
             "learning_rates": approx([1e-2, 2e-2 / 3, 1e-2 / 3]),
-            "progress": [("1", "3"), ("3", "3")],
+            "progress": [(str(number), "3") for number in (1, 2, 3)],
             "embeddings": 6 + 2 + 1,
         },
         keeps=(*FIRST, "first_gradients"),
@@ -740,6 +813,13 @@ PROMPTS = [
 EVALUATION = [
     Row("evaluation.every", "1", becomes={"evaluated_at": [0, 1, 2]}, keeps=LEARNED),
     Row("evaluation.images_per_prompt", "2", becomes={"evaluation_images": [4, 4]}, keeps=LEARNED),
+    Row(
+        "evaluation.steps",
+        "4",
+        becomes={"evaluation_timesteps": approx(TIMESTEPS)},
+        changes=("evaluations", "sampling"),
+        keeps=("noise", "plans", "sigmas", "rollout_timesteps", *LEARNED),
+    ),
     Row("evaluation.max_prompts", "1", becomes={"evaluation_images": [1, 1]}, keeps=LEARNED),
     Row(
         "evaluation.seed",

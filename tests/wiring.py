@@ -38,10 +38,13 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import treegrpo.images
 import treegrpo.objective
+import treegrpo.report.curve
 import treegrpo.report.pictures
 import treegrpo.rollout
 from treegrpo import checkpoint, run_folder
-from treegrpo.config import Config, load_config
+from treegrpo.config import Config, ModelConfig, load_config
+from treegrpo.models.export import export
+from treegrpo.models.opening import load_weights, open_policy
 from treegrpo.models.switches import quiet_libraries
 from treegrpo.report.run import TrainingResult
 from treegrpo.rollout import Rollout
@@ -105,6 +108,13 @@ def make_files(folder: Path) -> None:
             weights = {key: scale * weight for key, weight in load_file(file).items()}
             save_file(weights, file, {"format": "pt"})
     wan.build(folder / "videos")
+    start = ModelConfig(path=str(folder / "images"), lora_rank=2, embedding_cache=None)
+    policy = open_policy(start, device=torch.device("cpu"))
+    load_weights(policy, start, train=True)
+    for parameter in policy.network.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.3)
+    export(policy, folder / "lora", start.path)
     for name, first in (("train", 0), ("held_out", 20), ("others", 40)):
         numbers = range(first, first + 12)
         lines = [f'{{"prompt": "no {n}", "caption": "caption {n}", "n": {n}}}\n' for n in numbers]
@@ -212,7 +222,9 @@ def _spies() -> Iterator[_Seen]:
         collect_rewards()
         if seen.stepped:  # a rollout after an update is the next iteration's
             seen.iteration, seen.stepped = seen.iteration + 1, False
-        seen.phase = "rollout" if any(plan.stochastic) else "evaluation"
+        starts_late = plan.levels[0] > 0  # a whole tail, to compare a shortened one with
+        samples = "rollout" if any(plan.stochastic) else "evaluation"
+        seen.phase = "tail_check" if starts_late else samples
         seen.noises.setdefault(seen.phase, []).append(noise)
         seen.offloaded.add((seen.phase, "noise", seen.is_on_cpu(noise)))
         seen.sampling = True
@@ -274,7 +286,7 @@ def _spies() -> Iterator[_Seen]:
         # Pictures take longer than the training here.
         for picture in (
             treegrpo.report.pictures.before_after,
-            treegrpo.report.pictures.training_curve,
+            treegrpo.report.curve.training_curve,
         ):
             _replace(patch, picture, lambda *arguments, **settings: None)
         hook = register_optimizer_step_pre_hook(before_step)
@@ -351,6 +363,10 @@ def _told(seen: _Seen, folder: Path, run: Path, messages: str) -> Observations:
         "plans": [
             (forest.plan.roots, forest.plan.branching, forest.plan.stochastic) for forest in forests
         ],
+        "levels": [forest.plan.levels for forest in forests],
+        "tail_checks": [
+            index for index, record in enumerate(metrics) if "tail_agreement" in record
+        ],
         "window": [int(record["window_start"]) for record in metrics],
         "sigmas": forests[0].schedule.sigma,
         "transitions": [
@@ -366,8 +382,9 @@ def _told(seen: _Seen, folder: Path, run: Path, messages: str) -> Observations:
         "image_sizes": sorted({tuple(call.images.shape[1:]) for call in calls["rollout"]}),
         "images_scored": [len(call.images) for call in calls["rollout"]],
         # What is learned from it.
-        "advantages": torch.cat(seen.advantages),
-        "ratios": torch.cat(seen.ratios),
+        # Of the clipped objective; others leave none.
+        "advantages": torch.cat([*seen.advantages, torch.empty(0)]),
+        "ratios": torch.cat([*seen.ratios, torch.empty(0)]),
         "clip_ranges": sorted(seen.clip_ranges),
         "clip_fractions": [record["clip_fraction"] for record in metrics],
         "losses": [record["loss"] for record in metrics],
@@ -421,7 +438,7 @@ def _told(seen: _Seen, folder: Path, run: Path, messages: str) -> Observations:
             if path.is_file()
         ),
         "sampling": json.loads((run / run_folder.MODEL_FOLDER / "sampling.json").read_text()),
-        "progress": re.findall(r"^iteration (\d+)/(\d+)", messages, re.MULTILINE),
+        "progress": re.findall(r"^[\d:]+ iteration (\d+)/(\d+)", messages, re.MULTILINE),
         "messages": re.sub(r"\d+", "N", messages),
     }
     # Of the first iteration: before any weight has moved.

@@ -51,8 +51,10 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
         if (folder / STATE_FILE).exists() and not (folder / EARLIER_STATE_FILE).exists():
             _keep(folder / STATE_FILE, folder / EARLIER_STATE_FILE)
         os.replace(partial, folder / STATE_FILE)
-    except (OSError, RuntimeError) as error:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if not isinstance(error, OSError | RuntimeError):
+            raise
         raise RunError(
             f"output: could not write {folder / STATE_FILE}: {error}; an earlier checkpoint in "
             "this folder, if there is one, is unharmed"

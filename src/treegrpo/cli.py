@@ -1,7 +1,8 @@
-"""The command line: its five commands, the version, and errors.
+"""The command line: its seven commands, the version, and errors.
 
-Errors of the user's are one red line and exit code 2, without a traceback. The commands refuse
-what can be refused before torch is imported, so that help and mistakes answer at once.
+Errors of the user's are one red line and exit code 2, without a traceback; a run that Ctrl-C ended
+has 130. The commands refuse what can be refused before torch is imported, so that help and mistakes
+answer at once.
 
 Left out: what the commands are given and do (`commands/`).
 """
@@ -12,6 +13,8 @@ from typing import Annotated
 import typer
 
 from treegrpo import __version__
+from treegrpo.commands.cache import cache
+from treegrpo.commands.compare import compare
 from treegrpo.commands.evaluate import evaluate
 from treegrpo.commands.plan import plan
 from treegrpo.commands.sample import sample
@@ -33,18 +36,17 @@ app = typer.Typer(
     help="Online reinforcement learning for diffusion and flow models by tree rollouts.",
     context_settings={"help_option_names": ["-h", "--help"]},
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.command(epilog=_CONFIG_KEYS)(train)
-for _command in (plan, sample, evaluate, serve_reward):
+for _command in (plan, sample, evaluate, compare, serve_reward, cache):
     app.command()(_command)
 
 
 def main() -> None:
     """Run the command line; the console script and `python -m treegrpo`."""
     try:
-        app()
+        app(prog_name="treegrpo")
     except (UserError, PlanError, RewardError) as error:
         typer.echo(f"{typer.style('error:', fg='red', bold=True)} {error}", err=True)
         sys.exit(2)

@@ -1,11 +1,16 @@
-"""Which device to work on.
+"""Which device to work on, and how much of its memory is free.
 
 Left out: several processes, each with a device of its own (`training/engine.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import psutil
 
 from treegrpo.errors import UserError, reason
 
@@ -59,3 +64,24 @@ def usable_device(name: str, field: str) -> torch.device:
     if device.type == "meta":
         raise UserError(f"{field}: got {name!r}, which computes nothing; must be a real device")
     return device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process may still take of a device's memory.
+
+    The CPU's is shared by the processes of a launch; a control group, such as a container's, may
+    have less than the machine.
+    """
+    import torch
+
+    module = torch.get_device_module(device)
+    if device.type != "cpu" and hasattr(module, "mem_get_info"):
+        reserved = module.memory_reserved(device) - module.memory_allocated(device)
+        return int(module.mem_get_info(device)[0] + reserved)
+    free, group = int(psutil.virtual_memory().available), Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        most, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = (group / "memory.stat").read_text().splitlines()
+        files = int(dict(line.split() for line in lines)["inactive_file"])  # given back when needed
+        free = min(free, most - used + files)
+    return max(free, 0) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

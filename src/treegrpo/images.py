@@ -1,4 +1,4 @@
-"""Images and videos as tensors: their 256 levels, their frames, and a few of many.
+"""Images and videos as tensors: their 256 levels, their frames, a few of many; and Pillow's resize.
 
 Left out: decoding latents (`models/policy.py`) and drawing pages and figures (`report/`).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
 
@@ -33,3 +34,13 @@ def evenly_spaced(available: int, count: int) -> list[int]:
     """Indices of `count` of so many things (or of all), from the middles of equal parts."""
     count = min(count, available)
     return [(2 * number + 1) * available // (2 * count) for number in range(count)]
+
+
+def resized(picture: Image.Image, width: int, height: int, resample: int) -> Image.Image:
+    """A picture in another size, the same with every version of Pillow.
+
+    Between its two passes Pillow rounds to 256 levels, so their order shows (up to 7 levels). Since
+    13.0 it takes rows before columns where a picture is more than twice as tall as wide. Two calls
+    keep the order of all versions before, with which reward models were trained and published.
+    """
+    return picture.resize((width, picture.height), resample).resize((width, height), resample)

@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-from treegrpo.errors import UserError
+from treegrpo.errors import UserError, own_traceback
 
 
 def import_attribute(name: str, what: str) -> Any:
@@ -33,7 +33,7 @@ def import_attribute(name: str, what: str) -> Any:
         raise UserError(
             f"{what}: the module {module_name!r} cannot be imported "
             f"({type(error).__name__}: {error}); looked in the current directory, {os.getcwd()}, "
-            "and the installed packages"
+            f"and the installed packages{own_traceback(error)}"
         ) from error
     found = getattr(module, attribute, None)
     if not callable(found):

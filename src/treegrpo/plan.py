@@ -33,16 +33,22 @@ class RolloutPlan:
         branching: length T; children of every node at step t.
         stochastic: length T; True for a sampled transition, which has a log-probability and is
             trained; False for a deterministic one, which is neither.
+        levels: length T + 1; where in the model's schedule each level of the forest stands. Empty
+            (the default) becomes 0..T. Only deterministic steps may skip levels.
 
     Raises:
-        PlanError: lengths differ, a count is below one, or a deterministic step branches.
+        PlanError: lengths differ, a count is below one, a deterministic step branches, or a
+            stochastic one skips levels.
     """
 
     roots: int
     branching: tuple[int, ...]
     stochastic: tuple[bool, ...]
+    levels: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not self.levels:
+            object.__setattr__(self, "levels", tuple(range(len(self.branching) + 1)))
         if self.roots < 1:
             raise PlanError(f"roots: got {self.roots}; a plan needs at least 1 root per prompt")
         if not self.branching:
@@ -62,10 +68,21 @@ class RolloutPlan:
                     f"branching[{step}]: got {children} children on a deterministic step; they "
                     "would be identical, so only a stochastic step may branch"
                 )
+        if len(self.levels) != len(self.branching) + 1:
+            raise PlanError(
+                f"levels: got {len(self.levels)}; a plan of {len(self.branching)} steps has "
+                f"{len(self.branching) + 1}"
+            )
+        for step, stochastic in enumerate(self.stochastic):
+            taken = self.levels[step + 1] - self.levels[step]
+            if taken < 1 or (stochastic and taken > 1) or self.levels[0] < 0:
+                raise PlanError(
+                    f"levels: got {self.levels}; they must rise, and by 1 at a stochastic step"
+                )
 
     @property
     def steps(self) -> int:
-        """Denoising steps, T."""
+        """Denoising steps that are taken: T, or fewer where some are skipped."""
         return len(self.branching)
 
     @property
@@ -82,6 +99,11 @@ class RolloutPlan:
     def stochastic_steps(self) -> tuple[int, ...]:
         """The steps that are sampled, and trained."""
         return tuple(step for step, stochastic in enumerate(self.stochastic) if stochastic)
+
+    @property
+    def skips(self) -> bool:
+        """Whether it leaves out levels of the schedule."""
+        return self.levels[-1] - self.levels[0] > self.steps
 
     @property
     def edges(self) -> int:
@@ -101,6 +123,25 @@ class RolloutPlan:
         Gaussian, whose mean needs one model call.
         """
         return sum(self.widths[step] for step in self.stochastic_steps)
+
+    def with_tail(self, steps: int) -> RolloutPlan:
+        """This plan with at most so many steps after its last stochastic one.
+
+        They stand at levels spread evenly over those that the plan had there, ends included.
+        """
+        start = max(self.stochastic_steps, default=-1) + 1
+        if steps < 1:
+            raise PlanError(f"tail_steps: got {steps}; must be at least 1")
+        if self.steps - start <= steps:
+            return self
+        tail = [start + round(step * (self.steps - start) / steps) for step in range(steps + 1)]
+        kept = [*range(start), *tail]
+        return RolloutPlan(
+            self.roots,
+            self.branching[:start] + (1,) * steps,
+            self.stochastic[:start] + (False,) * steps,
+            tuple(self.levels[level] for level in kept),
+        )
 
     def check_leaves(self, max_leaves: int) -> None:
         """Raise `PlanError`, with the arithmetic, if the forest has more than `max_leaves`."""
@@ -158,6 +199,15 @@ def branch_grpo(
             )
     children = tuple(branching if step in split_steps else 1 for step in range(steps))
     return RolloutPlan(1, children, _all(steps, deterministic_final_step))
+
+
+def branch_grpo_splits(steps: int) -> tuple[int, ...]:
+    """BranchGRPO's published split steps, 0, 3, 6 and 9 of 20, in proportion to another number.
+
+    Those that fall on one step are one: few steps split less often.
+    """
+    nearest = ((2 * step * steps + 20) // 40 for step in (0, 3, 6, 9))
+    return tuple(sorted(set(nearest)))
 
 
 def _all(steps: int, deterministic_final_step: bool) -> tuple[bool, ...]:

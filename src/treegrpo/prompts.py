@@ -17,6 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from treegrpo import hub
 from treegrpo.errors import UserError
 from treegrpo.textfile import read_utf8
 
@@ -376,6 +377,7 @@ def _dataset_rows(
     source: str, folder: Path, place: str, config: str | None, split: str | None
 ) -> Iterator[_Row]:
     datasets = _import("datasets", source)
+    problem = None if folder.is_dir() else hub.why_not_there()
     saved = any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
     try:
         if saved:
@@ -394,7 +396,7 @@ def _dataset_rows(
     except Exception as error:  # Network, access, format: they have no base class in common.
         raise PromptError(
             f"prompts: {source} is no file, and no dataset that can be loaded: "
-            f"{error.__cause__ or error}"
+            f"{problem or error.__cause__ or error}"
         ) from error
     if chosen not in splits:
         listed = ", ".join(f"{source.removesuffix(f':{split}')}:{name}" for name in splits)

@@ -34,8 +34,8 @@ class Predict(Protocol):
         """The model's output.
 
         Args:
-            x: [rows, ...] states at level `step`.
-            step: the denoising step, 0..T-1.
+            x: [rows, ...] states at level `step` of the schedule.
+            step: the schedule's step, 0..T-1.
             prompt_index: int64 [rows], which of the iteration's prompts each row belongs to.
 
         Returns:
@@ -48,7 +48,7 @@ class Level:
     """One stochastic step of the forest, for all prompts.
 
     Attributes:
-        step: the denoising step.
+        step: the schedule's step.
         transition: its Gaussian.
         nodes: [prompts, n, ...] the parents' states.
         children: [prompts, n * k, ...] their sampled children, siblings side by side.
@@ -132,8 +132,9 @@ def rollout(
     device = device or noise.device
     levels: list[Level] = []
     forwards = 0
-    frontier = noise
+    frontier, previous = noise, None
     for step, transition in enumerate(transitions):
+        level = plan.levels[step]
         width, children = plan.widths[step], plan.branching[step]
         sampled = plan.stochastic[step]
         prompt_index = torch.arange(prompts, device=device).repeat_interleave(width)
@@ -143,12 +144,18 @@ def rollout(
             len(rows) * children, *shape, dtype=noise.dtype, device=noise.device
         )
         scores, means, estimates = [], [], []
+        # A second-order step reads the clean estimates of the step before it.
+        is_read = step + 1 < plan.steps and transitions[step + 1].previous_weight != 0
+        cleans = []
         for start in range(0, len(rows), max_batch or len(rows)):
             end = min(start + (max_batch or len(rows)), len(rows))
             x = rows[start:end].to(device)
-            output = predict(x, step, prompt_index[start:end])
-            clean, noise_estimate = clean_and_noise(output, x, schedule, step)
-            mean = transition.mean(clean, noise_estimate)
+            output = predict(x, level, prompt_index[start:end])
+            clean, noise_estimate = clean_and_noise(output, x, schedule, level)
+            before = None if previous is None else previous[start:end].to(device)
+            mean = transition.mean(clean, noise_estimate, before)
+            if is_read:
+                cleans.append(clean.to(noise.device))
             if observe is not None:
                 estimates.append(clean)
             if draws is None:
@@ -163,13 +170,14 @@ def rollout(
             if keep_means:
                 means.append(mean.to(noise.device))
         forwards += len(rows)
+        previous = torch.cat(cleans) if is_read else None
         if observe is not None:
             observe(step, torch.cat(estimates).view(prompts, width, *shape))
         following = following.view(prompts, -1, *shape)
         if sampled:
             levels.append(
                 Level(
-                    step,
+                    level,
                     transition,
                     nodes=frontier,
                     children=following,

@@ -50,7 +50,7 @@ _WRITTEN = (
 )
 
 # Options that say how a reward is asked, not what it answers: a server may have moved.
-_FREE_OPTIONS = {
+FREE_OPTIONS = {
     "batch_size",
     "concurrency",
     "device",
@@ -62,6 +62,15 @@ _FREE_OPTIONS = {
     "token_header",
     "url",
 }
+
+
+# Keys whose values may be files or folders.
+_FILES = (
+    ("model", "path"),
+    ("model", "lora_path"),
+    ("prompts", "train"),
+    ("prompts", "held_out"),
+)
 
 
 class RunError(UserError):
@@ -79,8 +88,7 @@ def check_run_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
     folder = config.output
     if resume and overwrite:
         raise RunError("--resume and --overwrite: give one of them")
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"output: {folder} is a file; must be a folder")
+    check_is_folder(folder)
     if resume:
         if not (folder / STATE_FILE).is_file():
             raise RunError(f"output: {folder} holds no run to resume (no {STATE_FILE})")
@@ -99,12 +107,20 @@ def check_run_folder(config: Config, *, resume: bool, overwrite: bool) -> None:
                 f"output: {folder} already holds a run; continue it with --resume, replace "
                 "it with --overwrite, or choose another folder with output=FOLDER"
             )
-        model = Path(config.model.path).expanduser().resolve()
-        if any(model.is_relative_to((folder / name).resolve()) for name in _WRITTEN):
-            raise RunError(
-                f"model.path: {config.model.path} belongs to the run in {folder}, which would be "
-                "replaced; choose another folder with output=FOLDER"
-            )
+        for section, key in _FILES:
+            given = getattr(getattr(config, section), key) or "miniature"
+            path = Path(given).expanduser().resolve()
+            if any(path.is_relative_to((folder / name).resolve()) for name in _WRITTEN):
+                raise RunError(
+                    f"{section}.{key}: {given} belongs to the run in {folder}, which would be "
+                    "replaced; choose another folder with output=FOLDER"
+                )
+
+
+def check_is_folder(folder: Path) -> None:
+    """Refuse an output, with a RunError, that is a file."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"output: {folder} is a file; must be a folder")
 
 
 def check_dependencies(config: Config, found: Mapping[str, str]) -> None:
@@ -162,12 +178,18 @@ def prepare_folder(
 
 
 def located(config: Config) -> Config:
-    """With a model's folder by its whole path, which means the same wherever it is read."""
-    folder = Path(config.model.path).expanduser()
-    if config.model.path in EMBEDDED or not folder.is_dir():
-        return config
-    model = config.model.model_copy(update={"path": str(folder.resolve())})
-    return config.model_copy(update={"model": model})
+    """With the model's and the prompts' files by whole paths, which mean the same anywhere."""
+    changes: dict[str, dict[str, str]] = {}
+    for section, name in _FILES:
+        value = getattr(getattr(config, section), name)
+        path = Path(value or "").expanduser()
+        if value not in (None, *EMBEDDED) and path.exists():
+            changes.setdefault(section, {})[name] = str(path.resolve())
+    sections = {
+        section: getattr(config, section).model_copy(update=values)
+        for section, values in changes.items()
+    }
+    return config.model_copy(update=sections)
 
 
 def _check_same_settings(folder: Path, config: Config) -> None:
@@ -178,8 +200,6 @@ def _check_same_settings(folder: Path, config: Config) -> None:
     before, now = _settings(saved), _settings(config)
     free = set(marked(type(config), FREE_ON_RESUME))
     recorded = set(marked(type(config), RECORDED_ON_RESUME))
-    if config.train.learning_rate_schedule == "constant":
-        free.add(("train", "iterations"))  # otherwise they decide every step's learning rate
     changed = [key for key in _differing(before, now) if key not in free]
     if set(changed) - recorded:
         listed = [
@@ -203,6 +223,8 @@ def _notes(config: Config, iteration: int) -> str:
     notes = [line for line in lines if line.startswith(_NOTE)]
     before, now = _settings(load_config(path, [])), _settings(config)
     recorded = set(marked(type(config), RECORDED_ON_RESUME))
+    if config.train.learning_rate_schedule == "constant":
+        recorded.discard(("train", "iterations"))  # they steer nothing then
     notes += [
         f"{_NOTE}{iteration}: {'.'.join(key)} was {before[key]!r}, now {now[key]!r}"
         for key in _differing(before, now)
@@ -220,20 +242,25 @@ def _differing(
 def _settings(config: Config) -> dict[tuple[str, ...], Any]:
     """By key, for comparison."""
     settings = yaml.safe_load(to_yaml(located(config)))
+    for name in ("train", "held_out"):
+        path = Path(settings["prompts"][name] or "")
+        if path.is_absolute():  # the project may have been moved; the state knows the prompts
+            settings["prompts"][name] = path.name
     for given, reward in zip(settings["rewards"], config.rewards, strict=True):
         given["label"] = reward.key
         if reward.name.startswith(("http://", "https://")):
             given["name"] = "a server"
-        for option in _FREE_OPTIONS & given["options"].keys():
+        for option in FREE_OPTIONS & given["options"].keys():
             del given["options"][option]
-    return _flatten(settings)
+    return flatten(settings)
 
 
-def _flatten(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+def flatten(tree: dict[str, Any], prefix: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """A tree's leaves, by the keys on the way to each."""
     flat: dict[tuple[str, ...], Any] = {}
     for name, value in tree.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, (*prefix, name))
+            flat |= flatten(value, (*prefix, name))
         else:
             flat[(*prefix, name)] = value
     return flat

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Annotated, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
@@ -21,6 +21,17 @@ Positive = Annotated[float, Field(gt=0)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
 Name = Annotated[str, Field(min_length=1)]
+
+
+def _auto_or_at_least_one(value: Any) -> Any:
+    if value == "auto" or (type(value) is int and value >= 1):
+        return value
+    raise problem(value, 'must be "auto" or an integer of at least 1')
+
+
+# One validator instead of the union's two, each of which would report its own problem.
+Batch = Annotated[int | Literal["auto"], BeforeValidator(_auto_or_at_least_one)]
+"""How many at once; "auto": as many as fit into memory (`memory/advice.py`)."""
 
 
 class ResumeMark:

@@ -8,10 +8,11 @@ Left out: pictures and tables at the end of a run (`report/run.py`).
 from __future__ import annotations
 
 import importlib.util
+import json
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from treegrpo.config import Config
+from treegrpo.config import Config, to_yaml
 from treegrpo.errors import UserError
 from treegrpo.images import to_uint8
 from treegrpo.run_folder import (
@@ -20,6 +21,7 @@ from treegrpo.run_folder import (
     TENSORBOARD_FOLDER,
     append_line,
     drop_lines_from,
+    flatten,
     read_lines,
 )
 
@@ -51,12 +53,15 @@ class Tracker:
     Args:
         config: of the run; its output folder exists.
         enabled: whether this process writes.
+        resumed_at: after how many iterations the run goes on; None: it is new.
     """
 
-    def __init__(self, config: Config, *, enabled: bool) -> None:
+    def __init__(self, config: Config, *, enabled: bool, resumed_at: int | None = None) -> None:
         check_trackers(config.tracking)
         self._folder, self._enabled = config.output, enabled
-        self._trackers = [_start(name, config) for name in config.tracking] if enabled else []
+        self._trackers = []
+        if enabled:
+            self._trackers = [_start(name, config, resumed_at) for name in config.tracking]
 
     def metrics(self, record: Mapping[str, float]) -> None:
         """Keep the record of an iteration, which it names."""
@@ -97,20 +102,48 @@ class Tracker:
             tracker.finish()
 
 
-def _start(name: str, config: Config) -> Any:
+def _start(name: str, config: Config, resumed_at: int | None) -> Any:
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     kind = LOGGER_TYPE_TO_CLASS[name]
     if name == "tensorboard":
-        tracker = kind(TENSORBOARD_FOLDER, str(config.output))
+        # What the broken run did after its last saved state is done again, and its lines overlap.
+        tracker = kind(TENSORBOARD_FOLDER, str(config.output), purge_step=resumed_at)
     elif kind.requires_logging_directory:
         tracker = kind(_PROJECT, str(config.output))
     else:
         tracker = kind(_PROJECT)
     tracker.start()
-    if name != "tensorboard":  # which keeps settings as a run of its own
+    if name == "tensorboard":
+        _describe_run(tracker, config, resumed_at)
+    else:
         tracker.store_init_configuration(config.model_dump(mode="json"))
     return tracker
+
+
+def _describe_run(tracker: Any, config: Config, resumed_at: int | None) -> None:
+    """Give TensorBoard the settings, and again what was purged though it remains.
+
+    Accelerate would keep settings as a run of their own, in a folder named by the time.
+    """
+    from torch.utils.tensorboard import summary
+
+    leaves = flatten(config.model_dump(mode="json"))
+    settings = {".".join(keys): _plain(value) for keys, value in leaves.items()}
+    figures = {f"held_out/{reward.key}": 0 for reward in config.rewards}
+    make: Any = summary.hparams
+    for part in make(settings, figures):
+        tracker.writer.file_writer.add_summary(part)
+    text = "".join(f"    {line}\n" for line in to_yaml(config).splitlines())
+    tracker.writer.add_text("configuration", text, resumed_at or 0)
+    # The evaluation after the last iteration that counts stands at the first step that does not.
+    for record in read_lines(config.output / EVALUATIONS_FILE):
+        if record["iteration"] == resumed_at:
+            tracker.log({name: record[name.partition("/")[2]] for name in figures}, resumed_at)
+
+
+def _plain(value: Any) -> str | bool | int | float:
+    return value if isinstance(value, str | bool | int | float) else json.dumps(value)
 
 
 def _pictures(images: Tensor) -> Any:

@@ -5,10 +5,11 @@ of the pair (clean, noise) once; after that every transition of the family is th
 
     x' ~ Normal(clean_weight * clean + noise_weight * noise, std^2)
 
-and the transitions differ in three numbers per step. Arithmetic is float32 whatever the model's
-dtype.
+and the transitions differ in three numbers per step. A deterministic step of second order adds a
+fourth: the weight of the clean estimate at the step before. Arithmetic is float32 whatever the
+model's dtype.
 
-Left out: solvers of higher order, and the schedules of checkpoints (`models/`).
+Left out: solvers of third order, and the schedules of checkpoints (`models/`).
 """
 
 from __future__ import annotations
@@ -93,20 +94,61 @@ def variance_preserving_schedule(
 
 @dataclass(frozen=True)
 class Transition:
-    """`x' ~ Normal(clean_weight * clean + noise_weight * noise, std^2)`; std 0: deterministic."""
+    """`x' ~ Normal(clean_weight * clean + noise_weight * noise, std^2)`; std 0: deterministic.
+
+    `previous_weight` is that of the clean estimate one step earlier on the way to x; 0 but for
+    `multistep`.
+    """
 
     clean_weight: float
     noise_weight: float
     std: float
+    previous_weight: float = 0.0
 
-    def mean(self, clean: Tensor, noise: Tensor) -> Tensor:
-        """The mean of x', from the model's estimates at x."""
-        return self.clean_weight * clean + self.noise_weight * noise
+    def mean(self, clean: Tensor, noise: Tensor, previous: Tensor | None = None) -> Tensor:
+        """The mean of x', from the model's estimates at x, and the clean one before it."""
+        mean = self.clean_weight * clean + self.noise_weight * noise
+        if self.previous_weight == 0:
+            return mean
+        assert previous is not None
+        return mean + self.previous_weight * previous
 
 
-def ode(schedule: Schedule, step: int) -> Transition:
-    """First-order deterministic step: DDIM with eta 0, the Euler step of the rectified flow."""
-    return Transition(schedule.alpha[step + 1], schedule.sigma[step + 1], 0.0)
+def ode(schedule: Schedule, step: int, next_level: int | None = None) -> Transition:
+    """First-order deterministic step: DDIM with eta 0, the Euler step of the rectified flow.
+
+    Args:
+        next_level: where it ends; None: at the schedule's next level.
+    """
+    end = step + 1 if next_level is None else next_level
+    return Transition(schedule.alpha[end], schedule.sigma[end], 0.0)
+
+
+def multistep(schedule: Schedule, before: int, level: int, after: int) -> Transition:
+    """Second-order deterministic step: extrapolates the clean estimate along `rho = sigma / alpha`.
+
+    The exact solution is `x' / sigma' = x / sigma + integral of clean / rho^2 from rho' to rho`.
+    With the line through this estimate and the previous one in place of `clean`, the first-order
+    step gains `weight * (clean - previous clean)`: rho-AB2 of DEIS (arXiv 2204.13902), on the clean
+    estimate. DPM-Solver++(2M) draws its line along log(rho), so that the step into sigma' = 0,
+    which weighs most in a tail of few steps, must be of first order there. It need not here.
+
+    Args:
+        before, level, after: where the previous step began, where this one begins and ends.
+    """
+    first_order = ode(schedule, level, after)
+    rho_before, rho, rho_after = (
+        schedule.sigma[one] / schedule.alpha[one] if schedule.alpha[one] > 0 else math.inf
+        for one in (before, level, after)
+    )
+    # The integral of (rho - x) / x^2 from rho' to rho, times sigma'.
+    moment = rho * schedule.alpha[after]
+    if rho_after > 0:
+        moment -= schedule.sigma[after] * (math.log(rho / rho_after) + 1)
+    weight = moment / (rho_before - rho)
+    return Transition(
+        first_order.clean_weight + weight, first_order.noise_weight, 0.0, previous_weight=-weight
+    )
 
 
 def stochastic(
@@ -169,20 +211,32 @@ def transitions(
     stochastic_steps: Sequence[bool],
     kind: TransitionKind = "flow_sde",
     noise_level: float = 0.7,
+    levels: Sequence[int] | None = None,
 ) -> tuple[Transition, ...]:
     """Every step's transition for a plan's `stochastic` flags.
+
+    Args:
+        levels: the plan's, where it does not take every level of the schedule. Its steps after the
+            last stochastic one are then of second order, but for the first of them: what the model
+            estimated before a draw says little about the way from it.
 
     Raises:
         PlanError: as `stochastic`, or the schedule and the plan differ in their number of steps.
     """
-    if schedule.steps != len(stochastic_steps):
-        raise PlanError(
-            f"steps: the plan has {len(stochastic_steps)} but the schedule has {schedule.steps}"
-        )
-    return tuple(
-        stochastic(schedule, step, kind, noise_level) if sampled else ode(schedule, step)
-        for step, sampled in enumerate(stochastic_steps)
-    )
+    levels = range(len(stochastic_steps) + 1) if levels is None else levels
+    if schedule.steps != levels[-1] or len(levels) != len(stochastic_steps) + 1:
+        raise PlanError(f"steps: the plan has {levels[-1]} but the schedule has {schedule.steps}")
+    tail = max((step for step, flag in enumerate(stochastic_steps) if flag), default=-1) + 1
+    skips = levels[-1] - levels[tail] > len(stochastic_steps) - tail
+    steps = []
+    for step, sampled in enumerate(stochastic_steps):
+        if sampled:
+            steps.append(stochastic(schedule, levels[step], kind, noise_level))
+        elif skips and step > tail:
+            steps.append(multistep(schedule, *levels[step - 1 : step + 2]))
+        else:
+            steps.append(ode(schedule, levels[step], levels[step + 1]))
+    return tuple(steps)
 
 
 def clean_and_noise(

@@ -61,7 +61,6 @@ class Case:
         absent: components that `from_pretrained` must be told are absent.
         make_first_order: where the checkpoint's own solver is of a higher order: the same levels
             with a first-order one.
-        transition: a stochastic step that suits the family.
         variations: name to fields of `Sampling` under which images must agree.
         edits: name to changes of the checkpoint's files, as `edited` takes them, after which images
             must agree.
@@ -73,7 +72,6 @@ class Case:
     encode: Callable[[Any, list[str], Sampling], Conditioning]
     absent: tuple[str, ...] = ()
     make_first_order: Callable[[Any], None] | None = None
-    transition: str = "flow_sde"
     variations: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"defaults": {}})
     edits: Mapping[str, Edits] = field(default_factory=dict)
 

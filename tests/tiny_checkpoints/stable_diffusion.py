@@ -154,7 +154,6 @@ CASES = [
         call,
         encode,
         make_first_order=use_ddim,
-        transition="ddim",
         variations={
             "guided": {},
             "unguided": {"guidance_scale": 1.0},
@@ -185,7 +184,6 @@ CASES = [
         build_2_1,
         call,
         encode,
-        transition="ddim",
         variations={"guided": {}, "unguided": {"guidance_scale": 1.0}},
         edits={
             "clip_sample true, steps_offset 0": {
@@ -198,6 +196,5 @@ CASES = [
         partial(build_2_1, rescale_betas_zero_snr=True, timestep_spacing="trailing"),
         call,
         encode,
-        transition="ddim",
     ),
 ]

@@ -86,7 +86,6 @@ CASES = [
         build,
         call,
         encode,
-        transition="ddim",
         variations={
             "guided": {},
             "unguided": {"guidance_scale": 1.0},
@@ -125,7 +124,6 @@ CASES = [
         call,
         encode,
         make_first_order=without_its_noise,
-        transition="ddim",
         variations={"unguided": {}, "guided": {"guidance_scale": 3.0}},
     ),
 ]

@@ -20,13 +20,15 @@ from rich.console import Console
 from rich.table import Table
 
 from treegrpo.commands.arguments import ConfigArguments, check_model, check_output, read_config
-from treegrpo.config import Config, method_of
+from treegrpo.config import Config, ModelConfig, changed, method_of
 from treegrpo.console import plain_console
-from treegrpo.errors import UserError
-from treegrpo.models.folder import check_trainable
+from treegrpo.errors import Problems, UserError
+from treegrpo.methods.method import transition_kind
+from treegrpo.models.folder import check_trainable, is_diffusion
+from treegrpo.plan import PlanError
 
 if TYPE_CHECKING:
-    from treegrpo.memory import Advice, Estimate
+    from treegrpo.memory import Advice, Batches, Estimate
 
 _UNITS = {"": 1, "b": 1} | {
     f"{prefix}{ending}": base**power
@@ -132,7 +134,8 @@ def plan(
     memory: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="Memory of a device, such as 24GiB: suggest settings that fit."
+            metavar="SIZE",
+            help="Memory of a device, such as 24GiB, to fit into; without it: what is free here.",
         ),
     ] = None,
     processes: Annotated[
@@ -143,18 +146,30 @@ def plan(
     ] = None,
 ) -> None:
     """Say what an iteration takes of forwards and of memory, without reading any weight."""
-    config = read_config(arguments)
-    limit = None if memory is None else parse_memory(memory)
-    check_model(config.model.path, "model.path", weights=False)
-    check_trainable(config.model.path, in_full=not config.model.lora_rank)
-    check_output(json_file, "--json")
-    config.check_shares(processes)
-    method_of(config).checked_plans(config.train.iterations)
+    problems, limit = Problems(), None
+    config, faulty = read_config(arguments, problems)
+    with problems.collecting():
+        limit = None if memory is None else parse_memory(memory)
+    with problems.collecting():
+        check_model(config.model.path, "model.path", weights=False)
+        check_trainable(config.model.path, in_full=not config.model.lora_rank)
+    with problems.collecting():
+        check_output(json_file, "--json")
+    if not faulty & {"rollout", "train"}:
+        with problems.collecting(PlanError):
+            transition_kind(config.rollout, is_flow=not is_diffusion(config.model.path))
+            config.check_shares(processes)
+            method_of(config).checked_plans(config.train.iterations)
+    problems.refuse()
 
-    from treegrpo.memory import Measurements, estimate, suggest
+    from treegrpo.memory import LEAST, Batches, Measurements, automatic, estimate, fitting, suggest
 
     measurements = Measurements(config.rollout.steps)
-    needed = estimate(config, processes=processes, measurements=measurements)
+    auto, room = LEAST, limit or _free(config.model)
+    if room is not None:
+        auto = fitting(config, room, processes=processes, measurements=measurements)
+    needed = estimate(config, auto, processes=processes, measurements=measurements)
+    batches = Batches.of(config, auto)
     work = count_work(config, guided=needed.guided, processes=processes)
     console = plain_console()
     for table in (_work_table(work), _memory_table(needed)):
@@ -162,20 +177,37 @@ def plan(
     if config.model.device == "auto" and needed.device == "cpu":
         console.print("there is no GPU here; model.device=cuda plans for one", soft_wrap=True)
     console.print(_sizes(work, needed), soft_wrap=True)
+    console.print(_disk(config, needed), soft_wrap=True)
+    console.print(_batches(config, batches, room), soft_wrap=True)
     advice = None
     if limit is not None:
         if needed.peak > limit:
             advice = suggest(config, limit, processes=processes, measurements=measurements)
         _print_advice(console, needed, limit, advice)
+        if advice is not None and advice.fits and automatic(config):
+            better = changed(config, {change.key: change.value for change in advice.changes})
+            auto = fitting(better, limit, processes=processes, measurements=measurements)
+            console.print(f"then {_batches(better, auto, limit)}", soft_wrap=True)
     if json_file is not None:
         summary = {
             "work": {**asdict(work), "images": work.images},
             "memory": {**asdict(needed), "peak": needed.peak},
+            "batches": asdict(batches),
             "limit": limit,
             "fits": None if limit is None else needed.peak <= limit,
             "advice": None if advice is None else asdict(advice),
         }
         json_file.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+
+def _free(model: ModelConfig) -> int | None:
+    """Free bytes of the configured device; None: it is not in this machine."""
+    from treegrpo.device import free_memory, usable_device
+
+    try:
+        return free_memory(usable_device(model.device, "model.device"))
+    except UserError:
+        return None
 
 
 # --- printing ---
@@ -241,6 +273,32 @@ def _sizes(work: Work, needed: Estimate) -> str:
         f"{work.updates:,} optimizer step{'s' * (work.updates > 1)}\n"
         f"peak {_shown(needed.peak)} in {needed.fullest.name}"
     )
+
+
+def _disk(config: Config, needed: Estimate) -> str:
+    from treegrpo.memory import most_prompts
+
+    each, limit = needed.disk["embeddings"], config.model.embedding_cache_gib
+    text = (
+        f"disk: embeddings {_shown(each)} at most ({most_prompts(config):,} prompts), "
+        f"checkpoints {_shown(needed.disk['states'])}, model {_shown(needed.disk['model'])}"
+    )
+    if limit is not None and each > limit * 2**30:
+        text += f"; embeddings may be more than model.embedding_cache_gib ({limit:g}) allows"
+    return text
+
+
+def _batches(config: Config, batches: Batches, room: int | None) -> str:
+    from treegrpo.memory import automatic
+
+    sizes, auto = asdict(batches), automatic(config)
+    text = "batch sizes: " + ", ".join(f"{name} {size}" for name, size in sizes.items())
+    if not auto:
+        return text
+    names = "auto" if len(auto) == len(sizes) else f"auto: {', '.join(auto)}"
+    if room is None:
+        return f"{text} ({names}: the least; --memory says what a device that is not here has)"
+    return f"{text} ({names}, for {_shown(room)})"
 
 
 def _print_advice(console: Console, needed: Estimate, memory: int, advice: Advice | None) -> None:

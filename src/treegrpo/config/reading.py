@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -25,7 +25,9 @@ from treegrpo.textfile import read_utf8
 METHOD_SECTIONS = ("rollout", "advantage", "objective")
 
 
-def load_config(path: Path | None, overrides: list[str]) -> Config:
+def load_config(
+    path: Path | None, overrides: list[str], *, defaults: Mapping[str, Any] | None = None
+) -> Config:
     """The defaults, changed by a YAML file, changed by overrides.
 
     Where an override names another method than the file does, settings in the file that only the
@@ -34,17 +36,36 @@ def load_config(path: Path | None, overrides: list[str]) -> Config:
     Args:
         path: the YAML file; None: the defaults alone. A list in it replaces the default list.
         overrides: `key.path=value` each, see `parse_argument`; a number addresses a list's element.
+        defaults: by `key.path`, in place of the method's own.
 
     Raises:
         ConfigError: lists every problem with its key, value and what is allowed.
     """
     given = {} if path is None else _read_mapping(path)
     of_file = _method(given)
-    data = _with(of_file, given, overrides)
+    data, problems = _with(of_file, given, overrides, defaults)
     method = _method(data)
     if method != of_file:
-        data = _with(method, _without_own(of_file, method, given), overrides)
-    return validated(data)
+        own = _without_own(of_file, method, given)
+        data, problems = _with(method, own, overrides, defaults)
+    return validated(data, problems)
+
+
+def method_in(path: Path | None) -> str:
+    """The name of the method that a configuration file is for.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    return _method({} if path is None else _read_mapping(path))
+
+
+def has_setting(method: str, key: str) -> bool:
+    """Whether a key of the sections that belong to the method is one of its; others always are."""
+    section, _, name = key.partition(".")
+    if section not in METHOD_SECTIONS:
+        return True
+    return name in getattr(_class_of(method).model_fields[section].annotation, "model_fields", {})
 
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -59,29 +80,57 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     return validated(data)
 
 
-def validated(data: dict[str, Any]) -> Config:
+def validated(data: dict[str, Any], problems: Sequence[str] = ()) -> Config:
     """The configuration that a whole tree of values makes.
+
+    Args:
+        problems: that the tree had before.
 
     Raises:
         ConfigError: lists every problem.
     """
-    method, config, problems = _method(data), Config, []
+    method, config, found = _method(data), Config, list(problems)
+    faulty: set[str] = set()
     try:
         config = config_class(method)
     except UserError as error:
-        problems.append(f"rollout.method: got {shown(method)}; {error}")
+        found.append(f"rollout.method: got {shown(method)}; {error}")
         # What they should hold is not known.
+        faulty.update(METHOD_SECTIONS)
         data = {name: value for name, value in data.items() if name not in METHOD_SECTIONS}
     try:
         result = config.model_validate(data)
     except ValidationError as error:
-        problems += [in_words(details, config) for details in error.errors()]
-    if not problems:
-        return result
-    if len(problems) == 1:
-        raise ConfigError(problems[0])
-    lines = "".join(f"\n  {problem}" for problem in problems)
-    raise ConfigError(f"the configuration has {len(problems)} problems:{lines}")
+        found += [in_words(details, config) for details in error.errors()]
+        faulty.update(str(details["loc"][0]) for details in error.errors())
+        raise ConfigError(*found, rest=_rest(config, data, error), faulty=faulty) from None
+    if found:
+        raise ConfigError(*found, rest=result, faulty=faulty)
+    return result
+
+
+def _keys(section: dict[Any, Any] | list[Any]) -> Iterable[Any]:
+    return section if isinstance(section, dict) else range(len(section))
+
+
+def _rest(config: type[Config], data: dict[str, Any], error: ValidationError) -> Config | None:
+    """The configuration without the keys, and then without the sections, that are wrong."""
+    data = copy.deepcopy(data)
+    for details in error.errors():
+        section: Any = data
+        last, *rest = details["loc"]
+        while rest and isinstance(section, dict | list) and last in _keys(section):
+            inner: Any = section
+            section, (last, *rest) = inner[last], rest
+        if isinstance(section, dict) and section is not data and not rest:
+            section.pop(last, None)
+    for _ in range(2):  # keys that contradict each other are told of their section
+        try:
+            return config.model_validate(data)
+        except ValidationError as left:
+            for details in left.errors():
+                data.pop(str(details["loc"][0]), None)
+    return None
 
 
 def to_yaml(config: Config) -> str:
@@ -108,13 +157,24 @@ def _class_of(method: str) -> type[Config]:
         return Config
 
 
-def _with(method: str, given: dict[Any, Any], overrides: list[str]) -> dict[Any, Any]:
-    config = _class_of(method)
+def _with(
+    method: str,
+    given: dict[Any, Any],
+    overrides: list[str],
+    defaults: Mapping[str, Any] | None,
+) -> tuple[dict[Any, Any], list[str]]:
+    """The values, and what is wrong with overrides."""
+    config, problems = _class_of(method), []
     data = config().model_dump(mode="json")
+    for key_path, value in (defaults or {}).items():
+        _set(data, key_path.split("."), value)
     _merge(data, given)
     for override in overrides:
-        _apply_override(data, override, config)
-    return data
+        try:
+            _apply_override(data, override, config)
+        except ConfigError as error:
+            problems.append(str(error))
+    return data, problems
 
 
 def _without_own(before: str, after: str, given: dict[Any, Any]) -> dict[Any, Any]:
@@ -203,7 +263,8 @@ def parse_argument(text: str, source: str, kinds: Sequence[Any] = ()) -> Any:
     Raises:
         ConfigError: a list or mapping in it is not valid YAML; says where.
     """
-    takes_text = any(_is_text(kind) for kind in kinds)
+    # A number beside words, such as "auto", is still a number.
+    takes_text = any(_is_text(kind) for kind in kinds) and int not in kinds
     try:
         node = yaml.compose(text, Loader=_ArgumentLoader)
     except yaml.YAMLError:

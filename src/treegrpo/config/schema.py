@@ -30,6 +30,7 @@ from treegrpo.settings import (
     RECORDED_ON_RESUME,
     AtLeastOne,
     AtLeastZero,
+    Batch,
     BelowOne,
     Name,
     Positive,
@@ -77,6 +78,9 @@ class ModelConfig(Section):
     embedding_cache: Annotated[Name | None, FREE_ON_RESUME] = "auto"
     """Folder of prompt embeddings, which are computed once, after which the text encoders leave
     memory; "auto": treegrpo in the user's cache folder; null: encoders and embeddings in memory."""
+    embedding_cache_gib: Annotated[Positive | None, FREE_ON_RESUME] = 50.0
+    """Most GiB of embeddings in that folder, of all models; those used longest ago are dropped
+    first; null: no limit."""
     gradient_checkpointing: Annotated[bool, FREE_ON_RESUME] = False
     """Recompute activations in the backward pass: much less memory, a third more time."""
     compile: bool = False
@@ -90,14 +94,27 @@ class ModelConfig(Section):
     """Rank of the trained LoRA adapters; 0 trains all weights."""
     lora_alpha: Positive | None = None
     """LoRA scale before division by the rank; null: twice the rank."""
+    lora_path: Name | None = None
+    """LoRA weights of lora_rank that training starts from, a file or a folder; null: fresh ones."""
     lora_targets: Annotated[list[Name], Field(min_length=1)] | None = None
     """Names of the layers that get an adapter; null: the attention layers of the model's family."""
+
+    @field_validator("lora_path")
+    @classmethod
+    def _starts_adapters(cls, lora_path: str | None, info: ValidationInfo) -> str | None:
+        if lora_path is not None and info.data.get("lora_rank") == 0:
+            raise problem(
+                lora_path,
+                "must be null where lora_rank is 0, which trains all weights; set model.lora_rank "
+                "to the rank of these weights",
+            )
+        return lora_path
 
 
 class TrainConfig(Section):
     """The optimization and the run."""
 
-    iterations: AtLeastOne = 80
+    iterations: Annotated[AtLeastOne, RECORDED_ON_RESUME] = 80
     """Iterations, each of one rollout and its updates."""
     learning_rate: Annotated[Positive, RECORDED_ON_RESUME] = 2e-4
     """Learning rate of AdamW after the warmup."""
@@ -117,8 +134,9 @@ class TrainConfig(Section):
     """Passes over the samples of an iteration."""
     updates_per_iteration: AtLeastOne = 1
     """Optimizer steps per pass, each on an equal share of the iteration's prompts."""
-    micro_batch: Annotated[AtLeastOne, FREE_ON_RESUME] = 128
-    """Nodes per forward pass of an update; changes memory and time, not the gradient."""
+    micro_batch: Annotated[Batch, FREE_ON_RESUME] = "auto"
+    """Nodes per forward pass of an update, which changes memory and time, not the gradient; auto:
+    as many as fit into memory, at most 128; halved where memory runs out."""
     ema_decay: BelowOne | None = 0.9
     """Decay of the weights' moving average, which is then evaluated and exported; null: none."""
     seed: Seed = 0
@@ -174,6 +192,9 @@ class EvaluationConfig(Section):
     """Iterations between evaluations; 0: only before and after training."""
     images_per_prompt: AtLeastOne = 4
     """Images per held-out prompt."""
+    steps: AtLeastOne | None = None
+    """Denoising steps of evaluations, which the trained model is then exported with; null: those of
+    rollouts."""
     max_prompts: AtLeastOne | None = None
     """Use only the first so many held-out prompts; null: all."""
     seed: Seed = 0
@@ -284,6 +305,11 @@ class Config(Section):
                 f"rollout.prompts_per_iteration: got {prompts}; must be a multiple of {processes} "
                 f"processes x {updates} updates per iteration"
             )
+
+    @property
+    def evaluation_steps(self) -> int:
+        """Denoising steps of evaluations."""
+        return self.evaluation.steps or self.rollout.steps
 
     @property
     def trained_rewards(self) -> list[RewardConfig]:

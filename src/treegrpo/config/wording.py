@@ -6,7 +6,7 @@ Left out: the configuration itself (`schema.py`).
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Literal, get_args, get_origin
 
@@ -14,19 +14,35 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from treegrpo.config.schema import Config, config_class
-from treegrpo.errors import UserError
+from treegrpo.errors import UserError, together
 from treegrpo.methods.registry import BUILT_IN
 from treegrpo.settings import section_of, shown
 
 
 class ConfigError(UserError):
-    """The configuration cannot be used; the message lists every problem, one per line."""
+    """The configuration cannot be used; the message lists every problem, one per line.
+
+    Attributes:
+        problems: each of them.
+        rest: the configuration with the defaults of the keys that are wrong; None: it is not known.
+        faulty: the sections that these keys are in.
+    """
+
+    def __init__(
+        self, *problems: str, rest: Config | None = None, faulty: Iterable[str] = ()
+    ) -> None:
+        message = problems[0]
+        if len(problems) > 1:
+            message = together("the configuration has", problems)
+        super().__init__(message)
+        self.problems, self.rest, self.faulty = problems, rest, frozenset(faulty)
 
 
 def describe_fields() -> Iterator[tuple[str, str, str]]:
     """(key, default as YAML, sentence with the choices) of every field, in order.
 
-    Those of all built-in methods; where only some have a field, its sentence ends with their names.
+    Those of all built-in methods; where only some have a field, its sentence ends with their names,
+    and where one has another default, with that.
     """
     every = dict(_fields(Config))
     for method in BUILT_IN:
@@ -36,12 +52,16 @@ def describe_fields() -> Iterator[tuple[str, str, str]]:
         default, sentence = every[key]
         methods = methods_with(key)
         of = "" if len(methods) == len(BUILT_IN) else f" Of {', '.join(methods)}."
+        others = (f"{value} in {name}" for name, value in methods.items() if value != default)
+        if key != "rollout.method":
+            of += "".join(f" The default is {other}." for other in others)
         yield key, default, sentence + of
 
 
-def methods_with(key: str) -> list[str]:
-    """The built-in methods that have a key."""
-    return [method for method in BUILT_IN if key in _fields(config_class(method))]
+def methods_with(key: str) -> dict[str, str]:
+    """The built-in methods that have a key, and its default in each."""
+    fields = {method: _fields(config_class(method)) for method in BUILT_IN}
+    return {method: of[key][0] for method, of in fields.items() if key in of}
 
 
 @cache
@@ -77,7 +97,7 @@ def in_words(details: ErrorDetails, config: type[Config]) -> str:
         return f"{'.'.join(location)}: {context['message']}"
     key_path = ".".join(location)
     if kind == "extra_forbidden":
-        methods = methods_with(key_path)
+        methods = [*methods_with(key_path)]
         if methods:
             listed = " and ".join(filter(None, [", ".join(methods[:-1]), methods[-1]]))
             mine = config.model_fields["rollout"].get_default(call_default_factory=True).method

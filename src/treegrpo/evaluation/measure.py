@@ -7,7 +7,7 @@ sets side by side (`pair.py`).
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -57,9 +57,11 @@ def sample_and_score(
     count, noises = draws.images_per_prompt, prompts_noises(policy, draws)
     for _ in range(share.start):
         next(noises)  # the other prompts'
-    size = max(1, draws.max_batch // count)
-    for start in range(share.start, share.stop, size):
+    start = share.start
+    while start < share.stop:
+        size = max(1, draws.max_batch.rows // count)
         indices = range(start, min(start + size, share.stop))
+        start = indices.stop
         part = [prompts[index] for index in indices]
         images = sample(policy, [prompt.text for prompt in part], draws, noises)
         texts = [prompt.text for prompt in part for _ in range(count)]
@@ -91,11 +93,13 @@ def evaluate(
     keep: Sequence[int] = (),
     frames: Mapping[str, int] | None = None,
     keep_folder: Path | None = None,
+    progress: Callable[[int], None] = lambda done: None,
 ) -> Evaluation:
     """Score a model on prompts by `sample_and_score`; of a share, a part for `Evaluation.join`.
 
     Args:
         keep: indices of prompts whose images are kept.
+        progress: is told after each batch how many prompts of the share are done.
 
     Raises:
         RewardError: a reward failed.
@@ -112,6 +116,7 @@ def evaluate(
             scores[name].append(values)
         wanted = [index - indices.start for index in sorted(keep) if index in indices]
         kept.append(middle_frames(images[wanted]).cpu())
+        progress(indices.stop - share.start)
     return Evaluation(
         tuple(prompts[index].text for index in share),
         {name: torch.cat(parts) for name, parts in scores.items()},

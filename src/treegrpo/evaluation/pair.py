@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from treegrpo.config import ModelConfig
-from treegrpo.device import default_device
 from treegrpo.evaluation.measure import sample_and_score
 from treegrpo.evaluation.results import Comparison
 from treegrpo.evaluation.sampling import Draws
@@ -24,19 +23,26 @@ from treegrpo.models.policy import Policy
 from treegrpo.rewards import Reward
 
 
-def open_pair(model: ModelConfig, base: str | None, *, steps: int | None) -> list[Policy]:
+def open_pair(
+    model: ModelConfig,
+    base: str | None,
+    *,
+    device: torch.device,
+    steps: int | None,
+    base_model: str | None = None,
+) -> list[Policy]:
     """The base, if any, and the model, without weights, both sampled as the model is.
 
     Args:
         model: the section of the trained model.
         base: as `model.path`; None: the model stands alone.
         steps: denoising steps; None: the model's own.
+        base_model: what the model's LoRA weights belong to; None: what they say.
 
     Raises:
         ModelError: a checkpoint or a setting cannot be used, or the two cannot be compared.
     """
-    device = default_device()
-    trained = open_policy(model, device=device, steps=steps)
+    trained = open_policy(model, device=device, steps=steps, base_model=base_model)
     if base is None:
         return [trained]
     sampling = asdict(trained.sampling)
@@ -70,6 +76,7 @@ def score_into(
     rewards: Mapping[str, Reward],
     draws: Draws,
     keep_folder: Path | None,
+    frames: Mapping[str, int] | None = None,
 ) -> Iterator[tuple[range, range, Tensor]]:
     """Read a policy's weights and fill its scores in; a reward that fails is not asked again.
 
@@ -78,6 +85,7 @@ def score_into(
         model: the settings that it was opened with.
         draws: of one seed; the seeds 0, 1, ... follow until all noises are drawn.
         keep_folder: where a failing reward leaves its images.
+        frames: as `sample_and_score`.
 
     Yields:
         After every batch the indices of its prompts and of its noises, and its images [prompts,
@@ -92,6 +100,7 @@ def score_into(
             comparison.prompts,
             rewards,
             replace(draws, seed=seed),
+            frames=frames,
             keep_folder=keep_folder,
             failures=comparison.failures,
         ):

@@ -6,16 +6,17 @@ Left out: the stochastic rollouts of training (`rollout.py`), and what is done w
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import torch
 from torch import Tensor
 
+from treegrpo.batch_size import BatchSize
 from treegrpo.finite import Watched, check_finite
 from treegrpo.models.policy import Policy
 from treegrpo.plan import RolloutPlan
-from treegrpo.rollout import rollout
+from treegrpo.rollout import Rollout, rollout
 from treegrpo.transition import transitions
 
 # A decoder takes gigabytes per million pixels; more of them at once are hardly faster.
@@ -30,20 +31,20 @@ class Draws:
         steps: denoising steps.
         seed: of the noises; the same one gives every model the same noises.
         max_batch: most images that go through the network at once.
-        decode_batch: most that go through the decoder at once; None: as `max_batch`.
+        decode_batch: most that go through the decoder at once.
     """
 
     images_per_prompt: int
     steps: int
     seed: int = 0
-    max_batch: int = 16
-    decode_batch: int | None = None
+    max_batch: BatchSize = field(default_factory=lambda: BatchSize(16))
+    decode_batch: BatchSize = field(default_factory=lambda: BatchSize(16))
 
 
-def decode_batch_of(policy: Policy) -> int:
+def decode_batch_of(policy: Policy) -> BatchSize:
     """How many images or videos of the policy's size are decoded at once with little memory."""
     height, width = policy.sampling.size
-    return max(1, _DECODED_PIXELS // (height * width * (policy.sampling.frames or 1)))
+    return BatchSize(max(1, _DECODED_PIXELS // (height * width * (policy.sampling.frames or 1))))
 
 
 def prompts_noises(policy: Policy, draws: Draws) -> Iterator[Tensor]:
@@ -80,16 +81,24 @@ def sample(
     noises = prompts_noises(policy, draws) if noises is None else noises
     conditioning = policy.encode(prompts)
     check_finite("the prompts' embeddings are", *conditioning.values())
-    predict = Watched(policy.predictor(conditioning, steps))
-    forest = rollout(
-        predict,
-        torch.stack(list(islice(noises, len(prompts)))),
-        plan,
-        schedule,
-        transitions(schedule, plan.stochastic),
-        max_batch=draws.max_batch,
-    )
-    predict.check()
-    images = policy.decode(forest.leaves.flatten(0, 1), draws.decode_batch or draws.max_batch)
+    noise = torch.stack(list(islice(noises, len(prompts))))
+    count = len(prompts) * draws.images_per_prompt
+
+    def grow(rows: int) -> Rollout:
+        predict = Watched(policy.predictor(conditioning, steps))
+        forest = rollout(
+            predict,
+            noise,
+            plan,
+            schedule,
+            transitions(schedule, plan.stochastic),
+            max_batch=rows,
+        )
+        predict.check()
+        return forest
+
+    forest = draws.max_batch.fit(grow, count)
+    latents = forest.leaves.flatten(0, 1)
+    images = draws.decode_batch.fit(lambda rows: policy.decode(latents, rows), count)
     check_finite("the decoder's images are", images)
     return images.view(*forest.leaves.shape[:2], *images.shape[1:])

@@ -7,19 +7,32 @@ Left out: the rewards' own models, what a kernel allocates inside itself, and wh
 any tensor (the interpreter, the libraries, a CUDA context of about half a GiB).
 """
 
-from treegrpo.memory.advice import Advice, Change, suggest
-from treegrpo.memory.estimate import PARTS, Estimate, Phase, count_states, estimate
+from treegrpo.memory.advice import Advice, Change, fitting, suggest
+from treegrpo.memory.batches import LEAST, Batches, automatic
+from treegrpo.memory.estimate import (
+    PARTS,
+    Estimate,
+    Phase,
+    count_states,
+    estimate,
+    most_prompts,
+)
 from treegrpo.memory.skeleton import Measurements, PeakBytes
 
 __all__ = [
+    "LEAST",
     "PARTS",
     "Advice",
+    "Batches",
     "Change",
     "Estimate",
     "Measurements",
     "PeakBytes",
     "Phase",
+    "automatic",
     "count_states",
     "estimate",
+    "fitting",
+    "most_prompts",
     "suggest",
 ]

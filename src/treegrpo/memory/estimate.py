@@ -1,4 +1,4 @@
-"""Memory of an iteration, phase by phase and part by part.
+"""Memory of an iteration, phase by phase and part by part, and what a run takes of the disk.
 
 Sizes that follow from the rollout plan are exact: weights, gradients, optimizer, states, images.
 
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from treegrpo.config import Config, method_of
+from treegrpo.memory.batches import Batches
 from treegrpo.memory.skeleton import (
     FLOAT32,
     Decoding,
@@ -64,6 +65,15 @@ def count_states(plan: RolloutPlan, *, keep_means: bool = False) -> StateCounts:
     return StateCounts(kept, copied, tuple(by_step), nodes)
 
 
+def most_prompts(config: Config) -> int:
+    """Prompts whose embeddings a run keeps, where none comes twice; the negative one counted.
+
+    Held-out ones are counted as far as `evaluation.max_prompts` says how many.
+    """
+    drawn = config.train.iterations * config.rollout.prompts_per_iteration
+    return drawn + (config.evaluation.max_prompts or 0) + 1
+
+
 # --- the estimate ---
 
 Parts = Mapping[str, int]
@@ -98,6 +108,8 @@ class Estimate:
         trained: those of them, or of its adapters, that are trained.
         decoder, encoders: parameters of the decoder and of the text encoders.
         guided: whether a forward takes two rows of the network.
+        disk: bytes of the embeddings of all prompts, at most, of the states to resume from (one of
+            which replaces the other) and of the exported model.
     """
 
     device: str
@@ -107,6 +119,7 @@ class Estimate:
     encoders: int
     guided: bool
     phases: tuple[Phase, ...]
+    disk: Parts
 
     @property
     def fullest(self) -> Phase:
@@ -124,11 +137,17 @@ class Estimate:
 
 
 def estimate(
-    config: Config, *, processes: int = 1, measurements: Measurements | None = None
+    config: Config,
+    batches: Batches | None = None,
+    *,
+    processes: int = 1,
+    measurements: Measurements | None = None,
 ) -> Estimate:
     """The memory that a run takes, by phase and part, once its optimizer has moments.
 
-    `measurements` of an earlier estimate with as many steps spare measuring twice.
+    Args:
+        batches: what is auto in the configuration; None: the most that it can be.
+        measurements: of an earlier estimate with as many steps, which spare measuring twice.
 
     Raises:
         ModelError: what `open_policy` refuses.
@@ -141,7 +160,8 @@ def estimate(
     levels = skeleton.policy.schedule(config.rollout.steps)
     for plan in plans:  # refuses a step without a density
         method.transitions(levels, plan)
-    run = _Run(config, method, measured, skeleton, plans, processes)
+    batches = Batches.of(config, batches)
+    run = _Run(config, batches, method, measured, skeleton, plans, processes)
     policy, adapters = skeleton.policy, skeleton.adapters
     return Estimate(
         planned_device(config.model).type,
@@ -151,6 +171,7 @@ def estimate(
         sum(p.numel() for encoder in skeleton.encoders.values() for p in encoder.parameters()),
         policy.is_guided,
         run.phases(),
+        run.disk(),
     )
 
 
@@ -159,6 +180,7 @@ class _Run:
     """One process of a run, for `estimate`: a method per phase."""
 
     config: Config
+    batches: Batches
     method: Method
     measured: Measurements
     skeleton: Skeleton
@@ -180,6 +202,17 @@ class _Run:
         if self.method.needs_reference:
             phases.append(self._reference())
         return (*phases, self._update(), self._optimizer())
+
+    def disk(self) -> Parts:
+        """By part."""
+        config, prompts = self.config, most_prompts(self.config)
+        copies = 3 + (config.train.ema_decay is not None)  # weights, two moments, average
+        others = self._always["decoder"] + self._encoders
+        return {
+            "embeddings": 0 if config.model.embedding_cache is None else self._embeddings(prompts),
+            "states": 2 * copies * self.trained,
+            "model": self.trained + (0 if config.model.lora_rank else others),
+        }
 
     def _phase(
         self, name: str, moments: Iterable[tuple[Parts, Parts]], *, always: bool = True
@@ -247,8 +280,8 @@ class _Run:
 
     def _evaluation(self) -> Phase:
         """As `evaluate`, which offloads nothing; the trained weights wait on the CPU."""
-        rollout, images = self.config.rollout, self.config.evaluation.images_per_prompt
-        prompts = max(1, rollout.max_batch // images)
+        images = self.config.evaluation.images_per_prompt
+        prompts = max(1, self.batches.max_batch // images)
         if self.config.evaluation.max_prompts is not None:
             share = math.ceil(self.config.evaluation.max_prompts / self.processes)
             prompts = min(prompts, share)
@@ -267,7 +300,7 @@ class _Run:
 
     def _sampling(self, nodes: int, children: int) -> int:
         """Activations of a step on so many nodes."""
-        rows = min(self.config.rollout.max_batch, nodes)
+        rows = min(self.batches.max_batch, nodes)
         return self.measured.rollout(
             self.config.model, rows=rows, children=children, again=nodes > rows
         )
@@ -280,9 +313,9 @@ class _Run:
             images, images_on_host = self._images_before(plan)
             widest = self.batch * max(plan.widths[:-1])
             activations = self._sampling(widest, max(plan.branching))
-            widest = min(widest, settings.max_batch)
+            widest = min(widest, self.batches.max_batch)
             for step, alive in enumerate(states.by_step):
-                rows = min(settings.max_batch, self.batch * plan.widths[step])
+                rows = min(self.batches.max_batch, self.batch * plan.widths[step])
                 size = (alive * self.batch + states.kept * earlier) * state
                 device, host = self._stored("states", size)
                 if settings.offload:
@@ -304,8 +337,7 @@ class _Run:
 
     def _decoding(self, leaves: int) -> list[dict[str, int]]:
         """Images and activations at the two fullest moments of `Policy.decode`."""
-        settings = self.config.rollout
-        rows = min(settings.decode_batch or settings.max_batch, leaves)
+        rows = min(self.batches.decode_batch, leaves)
         decoder = self._decoder(rows, again=leaves > rows)
         before = max(leaves - 2 * rows, 0) * decoder.image
         return [
@@ -343,7 +375,7 @@ class _Run:
             device, host = self._for_update(states)
             widths = [plan.widths[step] for step in plan.stochastic_steps]
             widest = max(widths, default=plan.leaves) * self.prompts
-            rows = min(self.config.train.micro_batch, widest)
+            rows = min(self.batches.micro_batch, widest)
             device["activations"] = self.measured.rollout(
                 self.config.model, rows=rows, children=1, again=widest > rows
             )
@@ -353,21 +385,21 @@ class _Run:
         return self._phase("reference", moments)
 
     def _update(self) -> Phase:
-        settings = self.config.train
-        share = self.prompts // settings.updates_per_iteration
+        micro_batch = self.batches.micro_batch
+        share = self.prompts // self.config.train.updates_per_iteration
         moments = []
         for plan, states in zip(self.plans, self.states, strict=True):
             rows_by_step = [plan.widths[step] * share for step in plan.stochastic_steps]
             rows_by_step = rows_by_step or [self.method.update_forwards(plan) * share]
-            rows = min(settings.micro_batch, max(rows_by_step))
-            batches = sum(math.ceil(rows / settings.micro_batch) for rows in rows_by_step)
+            rows = min(micro_batch, max(rows_by_step))
+            batches = sum(math.ceil(rows / micro_batch) for rows in rows_by_step)
             siblings = max((plan.branching[step] for step in plan.stochastic_steps), default=0)
             batch = {"rows": rows, "siblings": siblings, "accumulate": batches > 1}
             peak = self.measured.update(self.config.model, self.method, **batch)
             device, host = self._for_update(states)
             gradients = min(self.trained, peak)
             device["activations"] = peak - gradients
-            device["gradients"] = gradients + (self.trained if self.processes > 1 else 0)
+            device["gradients"] = gradients
             if self.config.rollout.offload:
                 device["states"] = rows * (1 + siblings) * self.skeleton.state_bytes
             moments.append((device, host))
@@ -377,7 +409,7 @@ class _Run:
         moments = []
         for states in self.states:
             device, host = self._for_update(states)
-            device["gradients"] = self.trained * (2 if self.processes > 1 else 1)
+            device["gradients"] = self.trained
             if self.config.train.ema_decay is not None:
                 # The average is moved one tensor at a time, by two temporary ones.
                 device["activations"] = 2 * max(total_bytes([p]) for p in self.skeleton.trained)

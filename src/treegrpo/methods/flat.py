@@ -8,6 +8,9 @@ Left out: what they have in common with trees (`policy_gradient.py`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from treegrpo import plan
 from treegrpo.methods.policy_gradient import PolicyGradient
 from treegrpo.methods.settings import FinalStepSettings, GroupSettings
@@ -31,6 +34,11 @@ class FlowGRPO(PolicyGradient):
     paper = "[Flow-GRPO](https://arxiv.org/abs/2505.05470)"
     trajectories = staticmethod(plan.flow_grpo)
 
+    @classmethod
+    def published(cls, *, flow: bool) -> Mapping[str, Any]:
+        """The deviation of the whole batch."""
+        return {"advantage.std": "global", "advantage.eps": 1e-4}
+
     def plan(self, iteration: int) -> RolloutPlan:
         """The same plan in every iteration."""
         settings = self.rollout
@@ -46,6 +54,15 @@ class DDPO(FlowGRPO):
 
     paper = "[DDPO](https://arxiv.org/abs/2305.13301)"
 
+    @classmethod
+    def published(cls, *, flow: bool) -> Mapping[str, Any]:
+        """DDIM with eta 1, whose step to a level without noise has no density."""
+        return {
+            "rollout.transition": "ddim",
+            "rollout.noise_level": 1.0,
+            "rollout.deterministic_final_step": True,
+        }
+
 
 class DanceGRPO(FlowGRPO):
     """Flow-GRPO whose groups share their first noise."""
@@ -53,13 +70,26 @@ class DanceGRPO(FlowGRPO):
     paper = "[DanceGRPO](https://arxiv.org/abs/2505.07818)"
     trajectories = staticmethod(plan.dance_grpo)
 
+    @classmethod
+    def published(cls, *, flow: bool) -> Mapping[str, Any]:
+        """Dance-SDE with eta 0.3; of diffusion models DDPO's step. The unbiased deviation."""
+        advantage = {"advantage.ddof": 1, "advantage.eps": 1e-8}
+        if not flow:
+            return {**DDPO.published(flow=False), **advantage}
+        return {"rollout.transition": "dance_sde", "rollout.noise_level": 0.3, **advantage}
 
-class MixGRPO(WindowMethod):
+
+class MixGRPO(WindowMethod, PolicyGradient):
     """Independent trajectories, stochastic and trained inside the window only."""
 
     rollout_settings = MixSettings
     rollout: MixSettings
     paper = "[MixGRPO](https://arxiv.org/abs/2507.21802)"
+
+    @classmethod
+    def published(cls, *, flow: bool) -> Mapping[str, Any]:
+        """The unbiased deviation."""
+        return {"advantage.ddof": 1, "advantage.eps": 1e-8}
 
     def plan_at(self, window_start: int) -> RolloutPlan:
         """`plan.mix_grpo` with the window there."""

@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from treegrpo.methods.settings import AdvantageSettings, ObjectiveSettings, RolloutSettings
 from treegrpo.plan import PlanError, RolloutPlan
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from treegrpo.advantage import EdgeAdvantages
     from treegrpo.objective import Loss
     from treegrpo.rollout import Predict, Rollout
-    from treegrpo.transition import Reduction, Schedule, Transition
+    from treegrpo.transition import Reduction, Schedule, Transition, TransitionKind
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,21 @@ class Update:
     micro_batch: int
 
 
+def transition_kind(settings: RolloutSettings, *, is_flow: bool) -> TransitionKind:
+    """The stochastic step that is set, or else the model family's own.
+
+    Raises:
+        PlanError: it is another family's.
+    """
+    kind = settings.transition
+    if not is_flow and kind in ("flow_sde", "dance_sde"):
+        raise PlanError(
+            f"rollout.transition: got {kind}, which is for flow models; must be null, ddim or cps "
+            "for a diffusion model"
+        )
+    return kind or ("flow_sde" if is_flow else "ddim")
+
+
 class Method(ABC):
     """A way of learning from groups of samples.
 
@@ -125,6 +140,8 @@ class Method(ABC):
     """Whether the losses need the Gaussian means with which the forest was sampled."""
     needs_reference: bool = False
     """Whether the losses need the initial model (`reference`)."""
+    tail_check_every: int = 0
+    """Iterations between two checks of tails that skip steps (`training/tails.py`); 0: never."""
     reference_on_cpu: bool = False
     """Whether a copy of the initial model waits in the CPU's memory between its uses."""
 
@@ -142,6 +159,18 @@ class Method(ABC):
     ) -> None:
         self.rollout, self.advantage, self.objective = rollout, advantage, objective
         self.seed = seed
+
+    @classmethod
+    def published(cls, *, flow: bool) -> Mapping[str, Any]:
+        """The settings with which the method was published, by key, where the defaults differ.
+
+        `treegrpo compare` takes them; sources are in docs/compare.md. They are about the method
+        alone: the job's steps, windows, group size and optimizer are the same for all.
+
+        Args:
+            flow: of a rectified flow, else of a diffusion model.
+        """
+        return {}
 
     # --- the plan ---
 
@@ -183,7 +212,8 @@ class Method(ABC):
         from treegrpo.transition import transitions
 
         settings = self.rollout
-        return transitions(schedule, plan.stochastic, settings.transition, settings.noise_level)
+        kind = transition_kind(settings, is_flow=schedule.is_flow)
+        return transitions(schedule, plan.stochastic, kind, settings.noise_level, plan.levels)
 
     def update_forwards(self, plan: RolloutPlan) -> int:
         """Forwards with gradient (rows) of one pass over one prompt's forest."""

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 BUILT_IN = {
     "tree_grpo": "treegrpo.methods.trees:TreeGRPO",
+    "tree_endpoint": "treegrpo.methods.endpoint:TreeEndpoint",
     "mix_grpo": "treegrpo.methods.flat:MixGRPO",
     "flow_grpo": "treegrpo.methods.flat:FlowGRPO",
     "dance_grpo": "treegrpo.methods.flat:DanceGRPO",

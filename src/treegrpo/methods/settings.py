@@ -17,6 +17,7 @@ from treegrpo.settings import (
     RECORDED_ON_RESUME,
     AtLeastOne,
     AtLeastZero,
+    Batch,
     Name,
     Positive,
     Section,
@@ -28,33 +29,31 @@ class RolloutSettings(Section):
     """How the samples of a prompt are grown."""
 
     method: Name = "tree_grpo"
-    """How samples are grown and learned from: tree_grpo, mix_grpo, flow_grpo, dance_grpo,
-    branch_grpo, ddpo, or "module:Class" of your own."""
+    """How samples are grown and learned from: tree_grpo, tree_endpoint, mix_grpo, flow_grpo,
+    dance_grpo, branch_grpo, ddpo, or "module:Class" of your own."""
     steps: AtLeastOne = 10
     """Denoising steps of a sample."""
-    transition: Literal["flow_sde", "dance_sde", "cps", "ddim"] = "flow_sde"
-    """The stochastic step; ddim is for diffusion models, flow_sde and dance_sde for flow models."""
+    transition: Literal["flow_sde", "dance_sde", "cps", "ddim"] | None = None
+    """The stochastic step: flow_sde and dance_sde are for flow models alone, cps and ddim for
+    diffusion models too; null: flow_sde for a flow model, ddim for a diffusion model."""
     noise_level: AtLeastZero[float] = 0.7
     """Strength of the stochastic step's noise."""
     prompts_per_iteration: AtLeastOne = 16
     """Prompts, each with a group of samples, per iteration."""
     max_leaves: AtLeastOne = 512
     """Most samples per prompt that a configuration may ask for: a guard against a slip."""
-    max_batch: Annotated[AtLeastOne, FREE_ON_RESUME] = 512
-    """Most samples in one forward pass of a rollout."""
-    decode_batch: Annotated[AtLeastOne | None, FREE_ON_RESUME] = None
-    """Most samples decoded at once; null: max_batch."""
+    max_batch: Annotated[Batch, FREE_ON_RESUME] = "auto"
+    """Most samples in one forward pass of a rollout; auto: as many as fit into memory, at most 512;
+    halved where memory runs out."""
+    decode_batch: Annotated[Batch, FREE_ON_RESUME] = "auto"
+    """Most samples decoded at once; auto: as many as fit into memory, at most max_batch; halved
+    where memory runs out."""
     prompts_per_batch: Annotated[AtLeastOne | None, FREE_ON_RESUME] = None
     """Prompts sampled together; a batch's images are scored by servers while the next batch is
     sampled; null: all of a process's prompts."""
     offload: Annotated[bool, FREE_ON_RESUME] = False
     """Keep states and images in the CPU's memory, so that the device's does not grow with their
     number."""
-
-    @property
-    def decoded_at_once(self) -> int:
-        """Most samples in one pass of the decoder."""
-        return self.decode_batch or self.max_batch
 
 
 class FinalStepSettings(RolloutSettings):
@@ -99,18 +98,26 @@ class ObjectiveSettings(Section):
     """What an update maximizes."""
 
 
-class ClippedSettings(ObjectiveSettings):
-    """What methods that maximize the clipped objective let one choose."""
+class EdgeSettings(ObjectiveSettings):
+    """What methods that learn from the forest's edges let one choose."""
 
-    clip_low: Annotated[float, Field(gt=0, le=1), RECORDED_ON_RESUME] = 1e-4
-    """The ratio counts down to 1 - clip_low."""
-    clip_high: Annotated[Positive, RECORDED_ON_RESUME] = 1e-4
-    """The ratio counts up to 1 + clip_high."""
     log_prob_reduction: Literal["mean", "sum"] = "mean"
     """Over a sample's dimensions: mean, as published clip ranges expect, or sum, the density."""
     kl_weight: AtLeastZero[float] = 0.0
     """Weight of the divergence from the initial model."""
     reference_on_cpu: Annotated[bool, FREE_ON_RESUME] = False
     """Keep the initial model on the CPU between updates (without LoRA, which needs no copy)."""
+    max_divergence: Annotated[Positive | None, RECORDED_ON_RESUME] = None
+    """A trust region for several updates an iteration: where a node's Gaussian has moved this far,
+    edges that the update already favours count no more (about 1e-4); null: unlimited."""
+
+
+class ClippedSettings(EdgeSettings):
+    """What methods that maximize the clipped objective let one choose."""
+
+    clip_low: Annotated[float, Field(gt=0, le=1), RECORDED_ON_RESUME] = 1e-4
+    """The ratio counts down to 1 - clip_low; with max_divergence there is no clip."""
+    clip_high: Annotated[Positive, RECORDED_ON_RESUME] = 1e-4
+    """The ratio counts up to 1 + clip_high."""
     guard: bool = False
     """Normalize the ratios of each step as GRPO-Guard does."""

@@ -5,7 +5,8 @@ Left out: the arithmetic of plans and backups (`plan.py`, `advantage.py`).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -49,14 +50,13 @@ class TreeAdvantageSettings(AdvantageSettings):
     """Temperature of the log-probability softmax."""
 
 
-class TreeGRPO(WindowMethod):
+class TreeMethod(WindowMethod):
     """Every node inside the window branches; leaf advantages are backed up the tree."""
 
     rollout_settings = TreeSettings
     advantage_settings = TreeAdvantageSettings
     rollout: TreeSettings
     advantage: TreeAdvantageSettings
-    paper = "[TreeGRPO](https://arxiv.org/abs/2512.08153)"
 
     def plan_at(self, window_start: int) -> RolloutPlan:
         """`plan.tree_grpo` with the window there."""
@@ -84,13 +84,19 @@ class TreeGRPO(WindowMethod):
         return Credit.of(leaves, edges)
 
 
+class TreeGRPO(TreeMethod, PolicyGradient):
+    """The paper's: the tree, and the clipped objective."""
+
+    paper = "[TreeGRPO](https://arxiv.org/abs/2512.08153)"
+
+
 class BranchSettings(FinalStepSettings):
     """How BranchGRPO grows samples."""
 
-    branching: AtLeastOne = 3
+    branching: AtLeastOne = 2
     """Children of a node at each branching step."""
     split_steps: Annotated[list[AtLeastZero[int]], Field(min_length=1)] | None = None
-    """The branching steps; null: 0, 3, 6 and 9, as far as there are so many steps."""
+    """The branching steps; null: 0, 3, 6 and 9 of 20 steps, in proportion to `rollout.steps`."""
 
     @field_validator("split_steps")
     @classmethod
@@ -109,12 +115,29 @@ class BranchSettings(FinalStepSettings):
         return split_steps
 
 
+class BranchAdvantageSettings(AdvantageSettings):
+    """How BranchGRPO's rewards become advantages."""
+
+    # Its depths are small: over two nodes, the unbiased deviation is 1.41 times the population's.
+    ddof: Literal[0, 1] = 1
+    """0: population standard deviation; 1: the unbiased one."""
+
+
 class BranchGRPO(PolicyGradient):
     """Every step is stochastic and some branch; advantages are normalised within each depth."""
 
     rollout_settings = BranchSettings
+    advantage_settings = BranchAdvantageSettings
     rollout: BranchSettings
     paper = "[BranchGRPO](https://arxiv.org/abs/2509.06040)"
+
+    @classmethod
+    def published(cls, *, flow: bool) -> Mapping[str, Any]:
+        """DanceGRPO's step, on whose code it was built."""
+        settings = {"advantage.eps": 1e-8, "objective.clip_low": 1e-3, "objective.clip_high": 1e-3}
+        if not flow:
+            return settings
+        return {"rollout.transition": "dance_sde", "rollout.noise_level": 0.3, **settings}
 
     def plan(self, iteration: int) -> RolloutPlan:
         """`plan.branch_grpo`, the same in every iteration."""
@@ -122,7 +145,7 @@ class BranchGRPO(PolicyGradient):
         return plan.branch_grpo(
             settings.steps,
             branching=settings.branching,
-            split_steps=settings.split_steps or [s for s in (0, 3, 6, 9) if s < settings.steps],
+            split_steps=settings.split_steps or plan.branch_grpo_splits(settings.steps),
             deterministic_final_step=settings.deterministic_final_step,
         )
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections import Counter
 from functools import cached_property
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
-from treegrpo.methods.method import PlanShare
-from treegrpo.methods.policy_gradient import PolicyGradient
-from treegrpo.methods.settings import RolloutSettings
+from treegrpo.methods.method import Method, PlanShare
+from treegrpo.methods.settings import AdvantageSettings, RolloutSettings
 from treegrpo.plan import RolloutPlan, WindowSchedule
-from treegrpo.settings import AtLeastOne, AtLeastZero, problem
+from treegrpo.settings import FREE_ON_RESUME, AtLeastOne, AtLeastZero, problem
 
 
 class WindowSettings(RolloutSettings):
@@ -34,6 +33,12 @@ class WindowSettings(RolloutSettings):
     """Shifting schedule: steps by which the window advances."""
     shift_every: AtLeastOne = 25
     """Shifting schedule: iterations between two advances."""
+    tail_steps: AtLeastOne | None = None
+    """Most deterministic steps after the window, of second order where that skips some; null: all
+    that are left, of first order."""
+    tail_check_every: Annotated[AtLeastZero[int], FREE_ON_RESUME] = 10
+    """With tail_steps: iterations between two comparisons of a prompt's leaf advantages with those
+    of whole tails; 0: never."""
 
     @field_validator("window_size")
     @classmethod
@@ -42,6 +47,23 @@ class WindowSettings(RolloutSettings):
         if steps is not None and window_size > steps:
             raise problem(window_size, f"must be at most rollout.steps ({steps})")
         return window_size
+
+    @field_validator("tail_steps")
+    @classmethod
+    def _tail_is_shorter(cls, tail_steps: int | None, info: ValidationInfo) -> int | None:
+        steps, size = info.data.get("steps"), info.data.get("window_size")
+        if tail_steps is None or steps is None or size is None:
+            return tail_steps
+        is_fixed = info.data.get("window_schedule") == "fixed"
+        left = steps - size - (info.data.get("window_start", 0) if is_fixed else 0)
+        if tail_steps >= max(left, 1):
+            raise problem(
+                tail_steps,
+                f"must be less than the steps after the earliest window ({left}: rollout.steps - "
+                "rollout.window_size"
+                f"{' - rollout.window_start' if is_fixed else ''}), or null for all of them",
+            )
+        return tail_steps
 
     @field_validator("window_start")
     @classmethod
@@ -58,11 +80,22 @@ class WindowSettings(RolloutSettings):
         return window_start
 
 
-class WindowMethod(PolicyGradient):
+class WindowMethod(Method):
     """A method whose plan depends on where the window stands."""
 
     rollout_settings = WindowSettings
     rollout: WindowSettings
+
+    def __init__(
+        self,
+        rollout: WindowSettings,
+        advantage: AdvantageSettings,
+        objective: Any,
+        *,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(rollout, advantage, objective, seed=seed)
+        self.tail_check_every = rollout.tail_check_every
 
     @abstractmethod
     def plan_at(self, window_start: int) -> RolloutPlan:
@@ -86,7 +119,11 @@ class WindowMethod(PolicyGradient):
 
     def plan(self, iteration: int) -> RolloutPlan:
         """The plan with the window where its schedule has it."""
-        return self.plan_at(self.window.at(iteration))
+        return self._finished(self.plan_at(self.window.at(iteration)))
+
+    def _finished(self, plan: RolloutPlan) -> RolloutPlan:
+        tail_steps = self.rollout.tail_steps
+        return plan if tail_steps is None else plan.with_tail(tail_steps)
 
     def plans(self, iterations: int) -> tuple[PlanShare, ...]:
         """A plan per start of the window.
@@ -99,6 +136,6 @@ class WindowMethod(PolicyGradient):
             starts = Counter(self.window.at(iteration) for iteration in range(iterations))
             shares = {start: starts[start] / iterations for start in sorted(starts)}
         return tuple(
-            PlanShare(self.plan_at(start), share, f"window at {start}")
+            PlanShare(self._finished(self.plan_at(start)), share, f"window at {start}")
             for start, share in shares.items()
         )

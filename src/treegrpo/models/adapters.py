@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from treegrpo.config import ModelConfig
-from treegrpo.models.folder import LORA_FILE, ModelError, loading
+from treegrpo.models.folder import ModelError, loading, lora_file
 from treegrpo.models.policy import Policy
 
 _ADAPTER = "default"  # the name that diffusers and peft give the only one
@@ -51,10 +51,17 @@ def add_lora(policy: Policy, model: ModelConfig) -> None:
     Raises:
         ModelError: peft has no adapter for a target.
     """
-    from peft import LoraConfig
-
     network: Any = policy.network
     network.requires_grad_(False)
+    _add_adapter(network, policy, model)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _add_adapter(network: Any, policy: Policy, model: ModelConfig) -> None:
+    from peft import LoraConfig
+
     targets = list(model.lora_targets or policy.lora_targets)
     adapter = LoraConfig(
         r=model.lora_rank,
@@ -69,19 +76,88 @@ def add_lora(policy: Policy, model: ModelConfig) -> None:
             f"model.lora_targets: got {targets} with lora_rank {model.lora_rank}, on which no "
             f"adapter can be put: {error}"
         ) from error
-    for parameter in network.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
 
 
-def check_lora(policy: Policy, folder: Path) -> None:
+def start_lora(policy: Policy, model: ModelConfig) -> None:
+    """Let the adapters of `add_lora` begin as those of `model.lora_path`.
+
+    Raises:
+        ModelError: as `check_lora_start`.
+    """
+    starts = check_lora_start(policy, model)
+    for name, module in _adapted(policy.network).items():
+        down, up = starts[name]
+        with torch.no_grad():
+            module.lora_A[_ADAPTER].weight.copy_(down)
+            module.lora_B[_ADAPTER].weight.copy_(up / module.scaling[_ADAPTER])
+
+
+def check_lora_start(policy: Policy, model: ModelConfig) -> dict[str, tuple[Tensor, Tensor]]:
+    """Refuse LoRA weights to start from, before the network's are read, that are not as trained.
+
+    Returns:
+        By layer its two halves, the second times the scale.
+
+    Raises:
+        ModelError: the rank or the layers differ from the configuration's, or as `check_lora`.
+    """
+    assert model.lora_path is not None
+    file, rank = lora_file(model.lora_path), model.lora_rank
+    try:
+        network, state = check_lora(policy, file)
+    except ModelError as error:
+        told = str(error).removeprefix("model.path: ")
+        raise ModelError(f"model.lora_path: {told}") from error
+    starts = {}
+    for name, module in _adapted(network).items():
+        (scale,) = module.scaling.values()
+        down, up = (state[f"{policy.network_name}.{name}.lora_{half}.weight"] for half in "AB")
+        starts[name] = down, up * scale
+    if wrong := [name for name, (down, _) in starts.items() if len(down) != rank]:
+        ranks = sorted({len(starts[name][0]) for name in wrong})
+        raise ModelError(
+            f"model.lora_rank: got {rank}; must be that of {file} (model.lora_path), which has "
+            f"{' and '.join(map(str, ranks))} on {len(wrong):,} layers, such as {wrong[0]}"
+        )
+    network = policy.checkpoint.without_weights(policy.network_name)
+    _add_adapter(network, policy, model)
+    wanted, targets = list(_adapted(network)), list(model.lora_targets or policy.lora_targets)
+    without = [name for name in wanted if name not in starts]
+    left_out = [name for name in starts if name not in wanted]
+    for names, problem in (
+        (without, f"of which {file} (model.lora_path) has no weights for"),
+        (left_out, f"which leaves out, of those that {file} (model.lora_path) has weights for,"),
+    ):
+        if names:
+            raise ModelError(
+                f"model.lora_targets: got {targets}, {problem} {len(names):,} layers, such as "
+                f"{names[0]}; must name the layers of these weights"
+            )
+    return starts
+
+
+def _adapted(network: Any) -> dict[str, Any]:
+    """The layers that have adapters, by name."""
+    return {name: one for name, one in network.named_modules() if getattr(one, "lora_A", None)}
+
+
+def starts_as_base(policy: Policy) -> bool:
+    """Whether the network with its adapters still is the network without them."""
+    return not any(p.any() for n, p in policy.network.named_parameters() if ".lora_B." in n)
+
+
+def check_lora(policy: Policy, file: Path) -> tuple[nn.Module, dict[str, Tensor]]:
     """Refuse LoRA weights, before the network's are read, unless each tensor finds its place.
+
+    Returns:
+        The network with adapters like theirs, on the meta device; and the weights by diffusers'
+        names.
 
     Raises:
         ModelError: some do not, of which a few are named: those of text encoders, of another
             network, of another kind than LoRA, of other sizes, or without their other half.
     """
-    file, prefix = folder / LORA_FILE, policy.network_name
+    prefix = policy.network_name
     network: Any = policy.checkpoint.without_weights(prefix)
     with loading(file):
         tensors = load_file(file)
@@ -106,7 +182,7 @@ def check_lora(policy: Policy, folder: Path) -> None:
     numbers = {n: ranks.get(n.removesuffix(".alpha"), i) for i, n in enumerate(names)}
     numbered = {n: torch.full_like(t, numbers[n], dtype=torch.float32) for n, t in tensors.items()}
     with _reading(file, policy):
-        state, *settings = _as_diffusers(policy, network, str(folder))
+        state, *settings = _as_diffusers(policy, network, file)
         renamed, *_ = _as_diffusers(policy, network, numbered)
     origin = {name: names[int(tensor.flatten()[0])] for name, tensor in renamed.items()}
     no_place = f"have no place on the {prefix} of {policy.checkpoint.folder}"
@@ -129,6 +205,7 @@ def check_lora(policy: Policy, folder: Path) -> None:
             f"model.path: {file} lacks {len(missing):,} tensors that belong with those it has, "
             f"among them {min(missing)!r}"
         )
+    return network, state
 
 
 @contextmanager
@@ -146,14 +223,18 @@ def _reading(file: Path, policy: Policy) -> Iterator[None]:
 
 
 def _as_diffusers(
-    policy: Policy, network: Any, source: str | dict[str, Tensor]
+    policy: Policy, network: Any, source: Path | dict[str, Tensor]
 ) -> tuple[dict[str, Tensor], Any, Any]:
     """Tensors by diffusers' names, with the trainer's alphas and metadata where it has some."""
     from diffusers.utils import convert_unet_state_dict_to_peft
 
+    given: str | dict[str, Tensor] | Path = source
+    name = None
+    if isinstance(source, Path):
+        given, name = str(source.parent), source.name
     state, *alphas, metadata = policy.checkpoint.pipeline_class().lora_state_dict(
-        source,
-        weight_name=LORA_FILE,
+        given,
+        weight_name=name,
         unet_config=network.config,
         return_alphas=True,
         return_lora_metadata=True,
@@ -169,10 +250,10 @@ def _put(network: Any, prefix: str, state: dict[str, Tensor], alphas: Any, metad
     )
 
 
-def load_lora(policy: Policy, folder: Path) -> None:
+def load_lora(policy: Policy, file: Path) -> None:
     """Put LoRA weights that `check_lora` has passed on the network, for sampling."""
-    with loading(folder):
-        converted = _as_diffusers(policy, policy.network, str(folder))
+    with loading(file):
+        converted = _as_diffusers(policy, policy.network, file)
         _put(policy.network, policy.network_name, *converted)
 
 

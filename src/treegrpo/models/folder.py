@@ -8,14 +8,15 @@ from __future__ import annotations
 import json
 import struct
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from treegrpo.errors import UserError
+from treegrpo import hub
+from treegrpo.errors import UserError, reason
 from treegrpo.miniature import EMBEDDED
 
 SAMPLING_FILE = "sampling.json"
@@ -32,6 +33,9 @@ FAMILIES = {
     "StableDiffusionXLPipeline": "treegrpo.models.stable_diffusion:StableDiffusionXL",
     "WanPipeline": "treegrpo.models.wan:Wan",
 }
+
+# Those of diffusion models; the others are rectified flows.
+_DIFFUSION = ("StableDiffusionPipeline", "StableDiffusionXLPipeline")
 
 # What a component's folder must hold: its configuration, and for models one of these weights.
 _CONFIGS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
@@ -137,13 +141,33 @@ def check_checkpoint(folder: Path, field: str = "model.path", *, weights: bool =
             _check_tokenizer(folder / name, field, weights)
 
 
+def is_diffusion(path: str) -> bool:
+    """Whether a checkpoint in a folder is a diffusion model; of a hub's nothing is known here."""
+    index = Path(resolve(path)) / INDEX_FILE
+    return index.is_file() and read_json(index).get("_class_name") in _DIFFUSION
+
+
+def lora_file(path: str) -> Path:
+    """The file of `model.lora_path`; ModelError: there is none."""
+    given = Path(path).expanduser()
+    file = given / LORA_FILE if given.is_dir() else given
+    if not file.is_file() or file.suffix != ".safetensors":
+        raise ModelError(
+            f"model.lora_path: got {path}; must be a safetensors file of LoRA weights, or a folder "
+            f"with a {LORA_FILE}"
+        )
+    _check_weights(file, "model.lora_path")
+    return file
+
+
 def check_trainable(path: str, *, in_full: bool = False) -> None:
     """Refuse, with a ModelError, LoRA weights to train, and quantised ones to train in full."""
     folder = Path(resolve(path))
     if (folder / LORA_FILE).is_file():
         raise ModelError(
             f"model.path: {path} holds LoRA weights, which can be sampled and evaluated; to train "
-            "them on, continue their run with --resume"
+            "them on, continue their run with --resume, or name their base here and them in "
+            "model.lora_path"
         )
     # A hub's is looked at once it is here.
     if in_full and (folder / INDEX_FILE).is_file():
@@ -194,6 +218,38 @@ def check_family(path: str, index: Mapping[str, Any], field: str = "model.path")
             "must be a Wan 2.1 text-to-video checkpoint"
         )
     return str(family)
+
+
+def check_hub(name: str, field: str = "model.path") -> None:
+    """Refuse a hub's checkpoint that is not there or not supported, as its index says.
+
+    Raises:
+        ModelError: the hub does not answer, has no such checkpoint, or asks for consent first; or
+            as `check_family`.
+    """
+    from huggingface_hub import hf_hub_download
+
+    check_family(name, read_json(Path(download(name, hf_hub_download, INDEX_FILE, field=field))))
+
+
+def download(
+    name: str,
+    by: Callable[..., str],
+    *arguments: Any,
+    field: str = "model.path",
+    **settings: Any,
+) -> str:
+    """What a function of the hub's client gives for a name; ModelError: it cannot be had."""
+    problem = hub.why_not_there()
+    try:
+        return by(name, *arguments, **settings)
+    except Exception as error:  # the hub's client, its transports and the disk have many
+        raise ModelError(
+            f"{field}: {name!r} is no local folder and cannot be downloaded from the hub "
+            f"({problem or reason(error)}); fetch it where there is a connection with `hf download "
+            f"{name} --local-dir FOLDER` (after `hf auth login` where the model asks for consent) "
+            "and name that folder"
+        ) from error
 
 
 def components(index: Mapping[str, Any]) -> list[str]:
@@ -296,6 +352,17 @@ def _check_tokenizer(folder: Path, field: str, must_be: bool) -> None:
                 f"package {package} is missing; install it (`pip install {package}`), or add the "
                 "tokenizer.json of the same model"
             )
+
+
+def tensor_names(file: Path) -> list[str]:
+    """Of a safetensors file; none where it is damaged."""
+    try:
+        with file.open("rb") as opened:
+            (length,) = struct.unpack("<Q", opened.read(8))
+            header = json.loads(opened.read(length)) if length < file.stat().st_size else {}
+    except (OSError, ValueError, struct.error):
+        return []
+    return [name for name in header if name != "__metadata__"]
 
 
 def _check_weights(path: Path, field: str, plain: bool = True) -> None:

@@ -20,19 +20,27 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from treegrpo.config import ModelConfig
-from treegrpo.errors import reason
-from treegrpo.models.adapters import add_lora, check_lora, check_lora_targets, load_lora
+from treegrpo.models.adapters import (
+    add_lora,
+    check_lora,
+    check_lora_start,
+    check_lora_targets,
+    load_lora,
+    start_lora,
+)
+from treegrpo.models.cache import cache_folder
 from treegrpo.models.components import Components
 from treegrpo.models.folder import (
     FAMILIES,
-    INDEX_FILE,
     LORA_FILE,
     SAMPLING_FILE,
     ModelError,
     check_checkpoint,
     check_family,
     check_full_training,
+    check_hub,
     check_trainable,
+    download,
     read_json,
     resolve,
 )
@@ -43,7 +51,6 @@ from treegrpo.models.switches import (
     quiet_libraries,
     switch_on,
 )
-from treegrpo.models.text import cache_folder
 
 # A component's name and the dtype of its weights to the component.
 Read = Callable[[str, torch.dtype], nn.Module]
@@ -54,7 +61,12 @@ _CONFIG_FILES = ["model_index.json", "*/config.json", "scheduler/scheduler_confi
 
 
 def open_policy(
-    model: ModelConfig, *, device: torch.device, steps: int | None = None, weights: bool = True
+    model: ModelConfig,
+    *,
+    device: torch.device,
+    steps: int | None = None,
+    weights: bool = True,
+    base_model: str | None = None,
 ) -> Policy:
     """A policy whose checkpoint and settings are checked: all but its network and decoder.
 
@@ -63,6 +75,7 @@ def open_policy(
         steps: of the schedule; None: the checkpoint's own.
         weights: whether they must be there; otherwise a hub's checkpoint is not downloaded but for
             its configurations.
+        base_model: what a folder of LoRA weights belongs to; None: what it says itself.
 
     Raises:
         ModelError: the folder is missing or incomplete, its pipeline class is not supported, or a
@@ -74,8 +87,12 @@ def open_policy(
     folder = Path(resolve(model.path))
     stored = _stored_sampling(folder / SAMPLING_FILE)
     lora_folder = folder if (folder / LORA_FILE).is_file() else None
-    base = resolve(stored.get("base_model") or model.path) if lora_folder else str(folder)
+    base = str(folder)
+    if lora_folder is not None:
+        base = resolve(base_model or stored.get("base_model") or model.path)
     source = _local_folder(base, weights)
+    if lora_folder is not None and not (lora_folder / SAMPLING_FILE).is_file():
+        stored = _stored_sampling(source / SAMPLING_FILE)
     check_checkpoint(source, weights=weights)
     checkpoint = Components.of(source, lora_folder)
     module, _, name = FAMILIES[check_family(str(source), checkpoint.index)].partition(":")
@@ -87,9 +104,13 @@ def open_policy(
     )
     cache = None if model.embedding_cache is None else cache_folder(model.embedding_cache)
     dtype = getattr(torch, model.dtype)
-    policy = family(checkpoint, sampling, device=device, dtype=dtype, cache=cache)
+    limit = model.embedding_cache_gib
+    most = None if limit is None else limit * 2**30
+    policy = family(checkpoint, sampling, device=device, dtype=dtype, cache=cache, cache_bytes=most)
     if lora_folder is not None and weights:
-        check_lora(policy, lora_folder)
+        check_lora(policy, lora_folder / LORA_FILE)
+    if model.lora_path is not None and weights:
+        check_lora_start(policy, model)
     if model.lora_targets:
         check_lora_targets(policy, model.lora_targets)
     if model.attention_backend is not None:
@@ -105,7 +126,8 @@ def load_weights(
     Args:
         model: the section that the policy was opened with.
         train: for training: the weights to train are float32 whatever the network computes in, and
-            with a LoRA rank they are fresh adapters. For sampling, an export's adapters are put on.
+            with a LoRA rank they are adapters, fresh or as given. For sampling, an export's
+            adapters are put on.
         read: gives the components; None: reads them from the checkpoint to the policy's device.
 
     Raises:
@@ -113,19 +135,21 @@ def load_weights(
     """
     if train:
         check_trainable(model.path)
-    all_trained = train and not model.lora_rank
-    if all_trained and read is None:
+    all_trained, is_read = train and not model.lora_rank, read is None
+    if all_trained and is_read:
         check_full_training(policy.checkpoint.folder)
     read = read or partial(policy.checkpoint.read, device=policy.device)
     policy.network = read(policy.network_name, torch.float32 if all_trained else policy.dtype)
     if policy.checkpoint.lora_folder is not None:
-        load_lora(policy, policy.checkpoint.lora_folder)
+        load_lora(policy, policy.checkpoint.lora_folder / LORA_FILE)
     policy.vae = read("vae", policy.dtype).requires_grad_(False).eval()
     # Two-dimensional convolutions run up to twice as fast with the channels last.
     if all(parameter.dim() < 5 for parameter in policy.vae.parameters()):
         policy.vae.to(memory_format=torch.channels_last)
     if train and model.lora_rank:
         add_lora(policy, model)
+        if model.lora_path is not None and is_read:
+            start_lora(policy, model)
     switch_on(policy, model)
     policy.network.eval()  # no dropout: the ratio compares the same function
 
@@ -161,22 +185,9 @@ def _local_folder(source: str, weights: bool) -> Path:
     if Path(source).is_dir():
         return Path(source)
     from diffusers import DiffusionPipeline
-    from huggingface_hub import hf_hub_download, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    # Before a hub's hundred gigabytes are downloaded.
-    check_family(source, read_json(Path(_download(source, hf_hub_download, INDEX_FILE))))
+    check_hub(source)  # before its hundred gigabytes are downloaded
     if weights:
-        return Path(_download(source, DiffusionPipeline.download))
-    return Path(_download(source, snapshot_download, allow_patterns=_CONFIG_FILES))
-
-
-def _download(source: str, download: Callable[..., str], *arguments: Any, **settings: Any) -> str:
-    try:
-        return download(source, *arguments, **settings)
-    except Exception as error:  # the hub's client, its transports and the disk have many
-        raise ModelError(
-            f"model.path: {source!r} is no local folder and cannot be downloaded from the hub "
-            f"({reason(error)}); fetch it where there is a connection with `hf download {source} "
-            "--local-dir FOLDER` (after `hf auth login` where the model asks for consent) and name "
-            "that folder"
-        ) from error
+        return Path(download(source, DiffusionPipeline.download))
+    return Path(download(source, snapshot_download, allow_patterns=_CONFIG_FILES))

@@ -8,6 +8,7 @@ Left out: loading (`opening.py`), text encoders (`text.py`), LoRA (`adapters.py`
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from treegrpo.images import evenly_spaced
+from treegrpo.models.cache import MANIFEST_FILE, model_folder
 from treegrpo.models.components import Components
 from treegrpo.models.folder import ModelError
 from treegrpo.models.settings import absent_parts, complete, limit_tokenizers
@@ -249,6 +251,7 @@ class Policy(ABC):
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         cache: Path | None = None,
+        cache_bytes: float | None = None,
     ) -> None:
         """Made by `opening.open_policy`.
 
@@ -256,6 +259,7 @@ class Policy(ABC):
             device: of the network, the decoder, the text encoders and the states.
             dtype: what the network computes in.
             cache: where prompt embeddings are kept; None keeps them and the encoders in memory.
+            cache_bytes: the most that all models' embeddings there take; None: any.
 
         Raises:
             ModelError: a setting that the checkpoint or the device does not allow.
@@ -281,19 +285,21 @@ class Policy(ABC):
         self.scheduler: Any = self.make_scheduler()
         self.network: nn.Module
         self.vae: Any = None
+        folder = None
         if cache is not None:
             classes = {name: checkpoint.index[name] for name in checkpoint.text_parts}
             # Zeros in the place of an absent encoder are as wide as the network takes them.
             width = self.configs[self.network_name].get("joint_attention_dim")
             length = self.sampling.max_sequence_length
             settings = f"{self.pipeline_name} {classes} {dtype} {length} {width}"
-            manifest = cache / "digests.json"
+            manifest = cache / MANIFEST_FILE
             key = model_key(checkpoint.folder, checkpoint.text_parts, settings, manifest)
-            cache = cache / "embeddings" / key
-        try:
-            store = EmbeddingStore(cache)
-        except OSError as error:
-            raise ModelError(f"model.embedding_cache: cannot be written to ({error})") from error
+            try:
+                folder = model_folder(cache, key, checkpoint.folder)
+            except OSError as error:
+                message = f"model.embedding_cache: cannot be written to ({error})"
+                raise ModelError(message) from error
+        store = EmbeddingStore(folder, cache_bytes)
         self.text = PromptEncoder(self._load_encoders, self.encode_prompts, store, device)
 
     def _check_channels(self) -> None:
@@ -341,10 +347,15 @@ class Policy(ABC):
         """Prompts to conditioning on the device, [prompts, ...] by name; see `PromptEncoder`."""
         return self.text.encode(prompts)
 
-    def prepare(self, prompts: Sequence[str], say: Callable[[str], None] = print) -> None:
+    def prepare(
+        self,
+        prompts: Sequence[str],
+        say: Callable[[str], None] = print,
+        others: Sequence[str] = (),
+    ) -> None:
         """`PromptEncoder.prepare` for all prompts of a run, and the negative one."""
         self.negative()
-        self.text.prepare(prompts, say)
+        self.text.prepare(prompts, say, [self.sampling.negative_prompt, *others])
 
     def noise(self, count: int, generator: torch.Generator | None) -> Tensor:
         """Standard normal float32 [count, *latent_shape]: states at the first level."""
@@ -405,5 +416,7 @@ class Policy(ABC):
             decoded = self.decode_latents(part.to(self.device))
             if decoded.dim() == 5 and frames is not None:
                 decoded = decoded[:, evenly_spaced(decoded.shape[1], frames)]
-            images.append((decoded.float() / 2 + 0.5).clamp(0, 1))
+            pixels = decoded.float() / 2 + 0.5
+            # An infinite pixel stays no number: clamped, it would pass for black or white.
+            images.append(pixels.clamp(0, 1).masked_fill_(pixels.isinf(), math.nan))
         return torch.cat(images)

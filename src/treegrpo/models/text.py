@@ -3,11 +3,13 @@
 Embeddings are kept on disk by model and prompt, the recent ones in memory too; the text encoders
 are in memory only while prompts are new.
 
-Left out: how a family's pipeline encodes, and its negative prompt (`policy.py`).
+Left out: how a family's pipeline encodes, and its negative prompt (`policy.py`); the folder of all
+models' embeddings (`cache.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import hashlib
 import math
@@ -24,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from treegrpo.errors import reason
+from treegrpo.models.cache import make_room
 from treegrpo.models.components import Components
 from treegrpo.models.digests import folder_digest
 from treegrpo.models.folder import ModelError, loading
@@ -73,15 +76,21 @@ class PromptEncoder:
             for name in rows[0]
         }
 
-    def prepare(self, prompts: Sequence[str], say: Callable[[str], None]) -> None:
+    def prepare(
+        self, prompts: Sequence[str], say: Callable[[str], None], others: Sequence[str] = ()
+    ) -> None:
         """Encode all prompts that a run will need, then let the text encoders go.
 
         Without a folder the store is in memory alone, and so the encoders stay for what else comes.
-        `say` is told where that may take a while.
+
+        Args:
+            say: is told where that may take a while.
+            others: the run's prompts that other processes encode, which need room too.
 
         Raises:
-            ModelError: the disk has no room for them.
+            ModelError: the disk, or the limit of the cache, has no room for them.
         """
+        self.store.touch(prompts)
         new, folder = self._new(prompts), self.store.folder
         if len(new) > PROMPTS_PER_ENCODING:
             say(f"encoding {len(new):,} prompts{f', kept in {folder}' if folder else ''}")
@@ -95,6 +104,7 @@ class PromptEncoder:
                     f"but the embeddings of {len(new):,} prompts need {each * len(new) / 2**30:.1f}"
                     " GiB; name a folder with room, or null to keep the text encoders in memory"
                 )
+        self.store.make_room([*prompts, *others])
         self._encode_new(new[PROMPTS_PER_ENCODING:])
         if folder is not None:
             self.release()
@@ -163,15 +173,6 @@ def stack(rows: Sequence[Tensor]) -> Tensor:
 # --- the store ---
 
 
-def cache_folder(setting: str) -> Path:
-    """What `model.embedding_cache` names; "auto" is TREEGRPO_CACHE or the user's cache folder."""
-    if setting != "auto":
-        return Path(setting)
-    if folder := os.environ.get("TREEGRPO_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "treegrpo"
-
-
 def model_key(
     folder: Path, parts: Iterable[str], settings: str, manifest: Path | None = None
 ) -> str:
@@ -187,17 +188,46 @@ def model_key(
 
 
 class EmbeddingStore:
-    """Prompt to named tensors, on the CPU: a file of `folder` per prompt; None: in memory alone."""
+    """Prompt to named tensors, on the CPU: a file of `folder` per prompt; None: in memory alone.
 
-    def __init__(self, folder: Path | None) -> None:
-        self.folder = folder
+    Args:
+        folder: of one model, in a cache of several.
+        limit: of the cache, in bytes; None: there is none.
+    """
+
+    def __init__(self, folder: Path | None, limit: float | None = None) -> None:
+        self.folder, self._limit = folder, limit
         self._recent: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
         self._bytes = 0
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
 
     def __contains__(self, prompt: str) -> bool:
         return prompt in self._recent or (self.folder is not None and _is_whole(self._path(prompt)))
+
+    def touch(self, prompts: Sequence[str]) -> None:
+        """Note that kept prompts are used now."""
+        for path in map(self._path, prompts if self.folder is not None else ()):
+            with contextlib.suppress(OSError):
+                os.utime(path)
+
+    def make_room(self, prompts: Sequence[str]) -> None:
+        """Drop from the cache what was used longest ago, so that all of these have room in it.
+
+        Raises:
+            ModelError: the limit is too small for them, by the size of those that are kept.
+        """
+        if self.folder is None or self._limit is None:
+            return
+        paths = {self._path(prompt) for prompt in prompts}
+        sizes = [path.stat().st_size for path in paths if path.exists()]
+        coming = (len(paths) - len(sizes)) * max(sizes, default=0)
+        if sum(sizes) + coming > self._limit:
+            raise ModelError(
+                f"model.embedding_cache_gib: got {self._limit / 2**30:g}, but the embeddings of "
+                f"{len(paths):,} prompts take {(sum(sizes) + coming) / 2**30:.1f} GiB; must be at "
+                "least that, or null, or model.embedding_cache null to keep the text encoders in "
+                "memory"
+            )
+        make_room(self.folder.parents[1], self._limit - coming, paths)
 
     def get(self, prompt: str) -> dict[str, Tensor]:
         """A kept prompt's tensors."""

@@ -1,41 +1,38 @@
-"""Pictures of a run: samples before and after, a grid of samples, and the training curve.
+"""Grids of samples: those of a few prompts, or the same ones before and after training.
 
-Left out: the picture of a tree (`tree.py`), the page of `treegrpo evaluate` (`comparison.py`).
+Left out: the training curve (`curve.py`), the picture of a tree (`tree.py`), the page of
+`treegrpo evaluate` (`comparison.py`).
 """
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.patches import Circle
-from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator, PercentFormatter
-from numpy.typing import NDArray
 from torch import Tensor
 
-from treegrpo.report import style
-
-Records = Sequence[Mapping[str, float]]
-Numbers = NDArray[np.float64]
+from treegrpo.report import fonts, style
 
 # Inches.
 _MARGIN = 0.3
-_PROMPT_WIDTH = 2.0
-_BLOCK_GAP = 0.4
 _GAP = 0.1
 _ROW_GAP = 0.18
 _IMAGE_SIDES = (0.4, 1.4)
+_LINE = 0.19
+_PROMPT_SIZE = 10  # points
 
 
-# --- grids of images ---
+@dataclass(frozen=True)
+class Headline:
+    """What a picture says above its images: a figure's name, and its values before and after."""
+
+    name: str
+    before: str
+    after: str
 
 
 @dataclass(frozen=True)
@@ -45,16 +42,17 @@ class _Block:
     Attributes:
         images: float [prompts, n, 3, H, W] in [0, 1].
         correct: bool [prompts, n].
+        figure: written large.
     """
 
     images: Tensor
-    label: str | None = None
+    label: str = ""
     correct: Tensor | None = None
-    accuracy: float | None = None
+    figure: str = ""
 
 
 def image_grid(path: Path, prompts: Sequence[str], images: Tensor) -> None:
-    """Write a PNG with one row per prompt: its text, its images [prompts, n, 3, H, W] in [0, 1].
+    """Write a PNG with each prompt's text and its images, [prompts, n, 3, H, W] in [0, 1].
 
     Raises:
         ValueError: the images' shape does not fit the prompts.
@@ -72,10 +70,9 @@ def before_after(
     correct_after: Tensor | None = None,
     *,
     label_after: str = "after training",
-    accuracy_before: float | None = None,
-    accuracy_after: float | None = None,
+    headline: Headline | None = None,
 ) -> None:
-    """Write a PNG with one row per prompt: its text, its images before, its images after.
+    """Write a PNG with each prompt's text, its images before, its images after.
 
     Args:
         path: the file; its folder is made.
@@ -83,7 +80,6 @@ def before_after(
         correct_before, correct_after: bool [prompts, n], which images show what their prompt says
             (a green frame and a check; else a red one and a cross); None: unknown.
         label_after: what the later images are called.
-        accuracy_before, accuracy_after: in [0, 1], written in the header as "47 % right".
 
     Raises:
         ValueError: the shapes do not fit the prompts or one another.
@@ -100,44 +96,12 @@ def before_after(
                 f"{name}: got shape {list(correct.shape)}; must be {list(before.shape[:2])}, one "
                 "value per image"
             )
+    headline = headline or Headline("", "", "")
     blocks = [
-        _Block(before, "before training", correct_before, accuracy_before),
-        _Block(after, label_after, correct_after, accuracy_after),
+        _Block(before, "before training", correct_before, headline.before),
+        _Block(after, label_after, correct_after, headline.after),
     ]
-    _draw_grid(path, prompts, blocks)
-
-
-def _draw_grid(path: Path, prompts: Sequence[str], blocks: Sequence[_Block]) -> None:
-    columns, pixel_height, pixel_width = (blocks[0].images.shape[axis] for axis in (1, 3, 4))
-    block_gaps, gaps = (columns - 1) * _GAP, (len(blocks) - 1) * _BLOCK_GAP
-    # So that the images fill the page's width.
-    room = style.PAGE_WIDTH - 2 * _MARGIN - _PROMPT_WIDTH - (len(blocks) * block_gaps + gaps)
-    width = min(max(room / (len(blocks) * columns), _IMAGE_SIDES[0]), _IMAGE_SIDES[1])
-    height = width * pixel_height / pixel_width
-    block_width, row_height = columns * width + block_gaps, height + _ROW_GAP
-    has_accuracy = any(block.accuracy is not None for block in blocks)
-    header = (0.68 if has_accuracy else 0.36) if blocks[0].label else 0.0
-    legend = 0.45 if any(block.correct is not None for block in blocks) else 0.0
-    left, top = _MARGIN + _PROMPT_WIDTH, _MARGIN + header
-    bottom = top + len(prompts) * row_height - _ROW_GAP
-    figure, axes = style.page(
-        left + len(blocks) * block_width + gaps + _MARGIN, bottom + legend + _MARGIN
-    )
-    middles = [top + row * row_height + height / 2 for row in range(len(prompts))]
-    for prompt, y in zip(prompts, middles, strict=True):
-        _write_prompt(axes, prompt, y, height)
-    if legend:
-        _write_legend(axes, left, bottom + legend)
-    for block in blocks:
-        if block.label:
-            _write_header(axes, block.label, block.accuracy, left, top, block_width)
-        for row, y in enumerate(middles):
-            for column, image in enumerate(block.images[row]):
-                x = left + column * (width + _GAP) + width / 2
-                right = None if block.correct is None else bool(block.correct[row, column])
-                _put_judged(axes, image, right, (x, y), (width, height))
-        left += block_width + _BLOCK_GAP
-    style.save(figure, path)
+    _draw_grid(path, prompts, blocks, headline.name)
 
 
 def _check_images(name: str, images: Tensor, prompts: Sequence[str]) -> None:
@@ -152,26 +116,95 @@ def _check_images(name: str, images: Tensor, prompts: Sequence[str]) -> None:
         raise ValueError(f"{name}: got shape {list(images.shape)}; there is nothing to draw")
 
 
-def _write_prompt(axes: Axes, prompt: str, y: float, height: float) -> None:
-    lines = max(int(height / 0.19), 1)
-    text = textwrap.fill(prompt, 23, max_lines=lines, placeholder=" …")
-    style.write(axes, (_MARGIN, y), text, size=10)
+@dataclass(frozen=True)
+class _Layout:
+    """Sizes on the page, in inches.
+
+    Rows of few images stand in two stacks side by side, or the page would be long and thin.
+    """
+
+    stacks: int
+    rows: int
+    text: float
+    image: style.Pair
+    block: float
+    block_gap: float
+
+    @staticmethod
+    def of(prompts: int, blocks: int, columns: int, aspect: float) -> _Layout:
+        """For images whose height is `aspect` times their width, as wide as the page allows."""
+        stacks = 2 if blocks * columns <= 2 and prompts >= 4 else 1
+        text, block_gap = (2.0, 0.4) if columns > 1 or stacks == 1 else (1.5, _GAP)
+        room = (style.PAGE_WIDTH - 2 * _MARGIN - (stacks - 1) * 0.4) / stacks - text
+        room -= (blocks - 1) * block_gap + blocks * (columns - 1) * _GAP
+        width = min(max(room / (blocks * columns), _IMAGE_SIDES[0]), _IMAGE_SIDES[1])
+        block = columns * width + (columns - 1) * _GAP
+        rows = math.ceil(prompts / stacks)
+        return _Layout(stacks, rows, text, (width, width * aspect), block, block_gap)
+
+    def width(self, blocks: int) -> float:
+        """Of a stack: the prompts and their images."""
+        return self.text + blocks * self.block + (blocks - 1) * self.block_gap
 
 
-def _write_header(
-    axes: Axes, label: str, accuracy: float | None, left: float, bottom: float, width: float
+def _draw_grid(
+    path: Path, prompts: Sequence[str], blocks: Sequence[_Block], name: str = ""
 ) -> None:
-    y = bottom - 0.24
-    if accuracy is not None:
-        text = f"{_percent(accuracy)} right"
-        style.write(axes, (left, y), text, size=16, bold=True, valign="baseline")
-        y -= 0.3
-    style.write(axes, (left, y), label, size=11, color=style.MUTED, valign="baseline")
-    axes.plot([left, left + width], [bottom - 0.14] * 2, color=style.RULE, linewidth=1)
+    columns, pixel_height, pixel_width = (blocks[0].images.shape[axis] for axis in (1, 3, 4))
+    layout = _Layout.of(len(prompts), len(blocks), columns, pixel_height / pixel_width)
+    has_figure = any(block.figure for block in blocks)
+    header = (0.68 if has_figure else 0.36) if blocks[0].label else 0.0
+    judged = any(block.correct is not None for block in blocks)
+    missing = fonts.without_font("".join(prompts))
+    top, row_height = _MARGIN + header, layout.image[1] + _ROW_GAP
+    bottom = top + layout.rows * row_height - _ROW_GAP
+    stack = layout.width(len(blocks))
+    width = 2 * _MARGIN + layout.stacks * stack + (layout.stacks - 1) * 0.4
+    height = bottom + 0.45 * judged + 0.4 * bool(missing) + _MARGIN
+    figure, axes = style.page(width, height)
+    for index, prompt in enumerate(prompts):
+        number, row = divmod(index, layout.rows)
+        left = _MARGIN + number * (stack + 0.4)
+        middle = top + row * row_height + layout.image[1] / 2
+        if row == 0 and header:
+            _write_headers(axes, blocks, layout, name if number == 0 else "", (left, top))
+        lines = max(int(layout.image[1] / _LINE), 1)
+        text = fonts.wrap(prompt, _PROMPT_SIZE, layout.text - 0.15, lines)
+        style.write(axes, (left, middle), text, size=_PROMPT_SIZE)
+        left += layout.text + layout.image[0] / 2
+        for block in blocks:
+            for column, image in enumerate(block.images[index]):
+                right = None if block.correct is None else bool(block.correct[index, column])
+                x = left + column * (layout.image[0] + _GAP)
+                _put_judged(axes, image, right, (x, middle), layout.image)
+            left += layout.block + layout.block_gap
+    if judged:
+        bottom += 0.45
+        _write_legend(axes, _MARGIN + (layout.text if layout.stacks == 1 else 0), bottom, width)
+    if missing:
+        _write_missing(axes, missing, bottom + 0.4, width)
+    style.save(figure, path)
 
 
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
+def _write_headers(
+    axes: Axes, blocks: Sequence[_Block], layout: _Layout, name: str, corner: style.Pair
+) -> None:
+    """The figure's name above the prompts, and above each block its value and what it is."""
+    left, top = corner
+    text = fonts.wrap(name, 8, layout.text - 0.15, 4)
+    style.write(axes, (left, top - 0.2), text, size=8, color=style.MUTED, valign="bottom")
+    left += layout.text
+    for block in blocks:
+        y = top - 0.24
+        if block.figure:
+            size = fonts.fitting(block.figure, 16, layout.block, bold=True)
+            point = (left, y)
+            style.write(axes, point, block.figure, size=size, bold=True, valign="baseline")
+            y -= 0.3
+        size = fonts.fitting(block.label, 11, layout.block)
+        style.write(axes, (left, y), block.label, size=size, color=style.MUTED, valign="baseline")
+        axes.plot([left, left + layout.block], [top - 0.14] * 2, color=style.RULE, linewidth=1)
+        left += layout.block + layout.block_gap
 
 
 def _put_judged(
@@ -197,170 +230,19 @@ def _put_mark(axes: Axes, right: bool, x: float, y: float) -> None:
         line.set(solid_capstyle="round", solid_joinstyle="round")
 
 
-def _write_legend(axes: Axes, x: float, y: float) -> None:
+def _write_legend(axes: Axes, x: float, y: float, page_width: float) -> None:
+    x = min(x, page_width - 4.5)
     for right, text in ((True, "exactly what the prompt says"), (False, "something is wrong")):
         _put_mark(axes, right, x + 0.08, y)
         style.write(axes, (x + 0.24, y), text, color=style.MUTED)
         x += 2.5
 
 
-# --- curves ---
-
-_HEALTH = {
-    "ratio": "ratio of new to old policy, minus 1",
-    "clip_fraction": "share of clipped edges",
-    "gradient_norm": "gradient norm",
-    "reward_std_within_group": "spread of rewards within a group",
-}
-
-
-def training_curve(
-    path: Path,
-    metrics: Records,
-    evaluations: Records = (),
-    rewards: Mapping[str, bool] | None = None,
-) -> None:
-    """Write a PNG with the reward (and accuracy) per iteration, and small panels of health.
-
-    Args:
-        path: the file; its folder is made.
-        metrics: one record per iteration, as training writes them; what is missing or not finite is
-            left out.
-        evaluations: mappings with `iteration` and `reward` or `accuracy`, on held-out prompts.
-        rewards: by name, whether it is trained on. Several share a panel of their normalised
-            values, where a watched one that falls while the trained ones rise stands out.
-
-    Raises:
-        ValueError: neither holds a reward or an accuracy.
-    """
-
-    def has(key: str, *sources: Records) -> bool:
-        return any(len(_series(source, key)[0]) for source in sources)
-
-    main = [key for key in ("accuracy", "reward") if has(key, metrics, evaluations)]
-    if not main:
-        raise ValueError("metrics: got no iteration with a reward; there is nothing to draw")
-    health = [panel for panel in _HEALTH if any(has(key, metrics) for key in _keys(panel))]
-    named = (rewards or {}).items()
-    together = {name: of for name, of in named if has(f"reward_normalized/{name}", metrics)}
-    count = len(main) + (len(together) > 1)
-    figure = Figure(figsize=(style.PAGE_WIDTH, max(5.4, 2.5 * count)), facecolor=style.PAPER)
-    panels = _panels(figure, count, left=0.08, right=0.6 if health else 0.97, hspace=0.32)
-    for key, axes in zip(main, panels, strict=False):
-        _draw_main(axes, metrics, evaluations, key)
-        if key == "reward" and len(together) > 1:
-            axes.set_title(f"mean of {next(n for n in together if together[n])}", loc="left")
-    if len(together) > 1:
-        _draw_rewards(panels[-1], metrics, together)
-    panels[0].legend(loc="lower right", frameon=False, fontsize=9, labelcolor=style.MUTED)
-    if health:
-        panels = _panels(figure, len(health), left=0.69, right=0.97, hspace=0.62)
-        for key, axes in zip(health, panels, strict=True):
-            _draw_health(axes, metrics, key)
-    style.save(figure, path)
-
-
-def _panels(figure: Figure, count: int, *, left: float, right: float, hspace: float) -> list[Axes]:
-    """Axes one below the other, over iterations."""
-    grid = figure.add_gridspec(count, left=left, right=right, top=0.92, bottom=0.11, hspace=hspace)
-    panels = grid.subplots(sharex=True, squeeze=False)[:, 0]
-    panels[-1].set_xlabel("iteration", color=style.MUTED, fontsize=9, labelpad=6)
-    return list(panels)
-
-
-def _keys(panel: str) -> tuple[str, ...]:
-    return ("ratio_min", "ratio_mean", "ratio_max") if panel == "ratio" else (panel,)
-
-
-def _draw_main(axes: Axes, metrics: Records, evaluations: Records, key: str) -> None:
-    percent = key == "accuracy"
-    _style_axes(axes, "share of pictures that are right" if percent else "mean reward", size=11)
-    x, y = _series(metrics, key)
-    if len(x):
-        axes.plot(x, y, color=style.ACCENT, alpha=0.25, linewidth=1)
-        _draw_smooth(axes, x, y, color=style.ACCENT, linewidth=2.2, label="training prompts")
-    x, y = _series(evaluations, key)
-    if len(x):
-        (dots,) = axes.plot(x, y, color=style.GOOD, linewidth=1.2, label="held-out prompts")
-        dots.set(marker="o", markersize=6.5, markeredgecolor=style.PAPER, zorder=4)
-        # The outer side of a curve that mostly rises or mostly falls is free of lines.
-        rising = y[-1] >= y[0]
-        for end, above in {0: not rising, len(x) - 1: rising}.items():
-            axes.annotate(
-                _percent(y[end]) if percent else f"{y[end]:#.3g}",
-                (x[end], y[end]),
-                (0, 9 if above else -9),
-                textcoords="offset points",
-                ha="center",
-                va="bottom" if above else "top",
-                color=style.GOOD,
-                fontsize=10,
-                weight="bold",
-                zorder=5,
-                path_effects=[withStroke(linewidth=3, foreground=style.PAPER)],
-            )
-    if percent:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=" %"))
-    axes.margins(x=0.05, y=0.24)
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-
-
-def _draw_rewards(axes: Axes, metrics: Records, rewards: Mapping[str, bool]) -> None:
-    _style_axes(axes, "each reward, in standard deviations above the untrained model", size=11)
-    for (name, trained), color in zip(rewards.items(), cycle(style.SERIES), strict=False):
-        x, y = _series(metrics, f"reward_normalized/{name}")
-        how = {"linewidth": 2} if trained else {"linewidth": 1.4, "linestyle": (0, (4, 2))}
-        label = name if trained else f"{name} (watched)"
-        _draw_smooth(axes, x, y, color=color, label=label, **how)
-    axes.axhline(0, color=style.NEUTRAL, linewidth=1, zorder=1)
-    axes.margins(x=0.05, y=0.15)
-    low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.16 * (high - low))  # room for the legend
-    font = {"fontsize": 8, "labelcolor": style.MUTED}
-    axes.legend(loc="upper left", ncols=3, frameon=False, borderpad=0, **font)
-    axes.yaxis.set_major_locator(MaxNLocator(5))
-
-
-def _draw_smooth(axes: Axes, x: Numbers, y: Numbers, **how: Any) -> None:
-    """The Gaussian-weighted mean around each point, as wide as 1/40 of the run."""
-    width = max((x[-1] - x[0]) / 40, 1e-9)
-    weights = np.exp(-0.5 * ((x[:, None] - x[None, :]) / width) ** 2)
-    axes.plot(x, weights @ y / weights.sum(1), marker="o" if len(x) == 1 else "", **how)
-
-
-def _draw_health(axes: Axes, metrics: Records, panel: str) -> None:
-    _style_axes(axes, _HEALTH[panel], size=9)
-    shift, values = float(panel == "ratio"), []
-    for key in _keys(panel):
-        x, y = _series(metrics, key)
-        values += list(y - shift)
-        color = style.NEUTRAL if key in ("ratio_min", "ratio_max") else style.MUTED
-        axes.plot(x, y - shift, color=color, linewidth=1.2, marker="." if len(x) == 1 else "")
-    axes.margins(y=0.15)
-    if panel == "clip_fraction":
-        top = max(1.15 * max(values), 0.01)
-        axes.set_ylim(-0.04 * top, top)  # a line at 0 shows
-    if panel == "ratio":
-        largest = max(1.15 * max(map(abs, values)), 1e-6)  # a rounding error is no news
-        axes.set_ylim(-largest, largest)
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-        axes.yaxis.get_offset_text().set(size=8, color=style.MUTED, x=1, ha="right")
-    axes.yaxis.set_major_locator(MaxNLocator(3))
-
-
-def _style_axes(axes: Axes, title: str, size: float) -> None:
-    axes.set_title(title, loc="left", color=style.INK, fontsize=size, pad=6)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(style.RULE)
-    axes.grid(axis="y", color=style.RULE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=style.MUTED, labelsize=8, length=0, pad=4)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-
-
-def _series(rows: Records, key: str) -> tuple[Numbers, Numbers]:
-    """Iterations and finite values of the rows that have the key."""
-    points = [(row["iteration"], row[key]) for row in rows if row.get(key) is not None]
-    x, y = np.array(points, dtype=np.float64).reshape(-1, 2).T
-    finite = np.isfinite(y)
-    return x[finite], y[finite]
+def _write_missing(axes: Axes, scripts: Sequence[str], y: float, page_width: float) -> None:
+    text = (
+        f"No font of this machine has some of the letters ({', '.join(scripts)}), so boxes stand "
+        "for them. Google's Noto fonts have most letters there are."
+    )
+    room = page_width - 2 * _MARGIN
+    text = fonts.wrap(text, 8, room, 2)
+    style.write(axes, (_MARGIN, y), text, size=8, color=style.MUTED)

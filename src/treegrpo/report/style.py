@@ -3,13 +3,11 @@
 Figures are made without pyplot, so nothing global changes. Their backgrounds are opaque, so that
 they also read on dark pages.
 
-Left out: what is drawn (`pictures.py`, `tree.py`).
+Left out: what is drawn (`pictures.py`, `curve.py`, `tree.py`), and its fonts (`fonts.py`).
 """
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
 from pathlib import Path
 from typing import Literal
 
@@ -17,10 +15,11 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.font_manager import fontManager
 from matplotlib.patches import FancyBboxPatch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from treegrpo.report import fonts
 
 Pair = tuple[float, float]
 """Inches: a point from the page's top left, or width and height."""
@@ -40,13 +39,7 @@ SERIES = (ACCENT, GOOD, BAD, "#8a5fb5", "#b8860b", MUTED)
 PAGE_WIDTH = 9.4
 """Inches; at 900 pixels a 10 point letter is then 13 pixels high."""
 DPI = 200
-_OTHER_FONTS = (
-    *("Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC"),
-    *("WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "PingFang SC", "Hiragino Sans GB"),
-    *("Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS", "Noto Sans Devanagari"),
-    *("Noto Sans Thai", "Noto Emoji", "Symbola", "Segoe UI Emoji"),
-)
-LARGEST_IMAGE = 256
+LARGEST_IMAGE = 400
 """Pixels of an image's longer side in the file."""
 LARGEST_PAGE = 30_000
 """Pixels of a page's longer side; Agg allows 65,535."""
@@ -66,17 +59,8 @@ def save(figure: Figure, path: Path) -> None:
     """Write the figure as a PNG, its folder made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
     dpi = min(DPI, LARGEST_PAGE / max(figure.get_size_inches()))
-    with warnings.catch_warnings():
-        # Letters that no installed font has are boxes; the picture is none the worse for it.
-        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+    with fonts.boxes_allowed():
         figure.savefig(path, dpi=dpi, format="png", facecolor=PAPER)
-
-
-@cache
-def _fonts() -> list[str]:
-    """The font of matplotlib, and installed ones for the letters that it lacks."""
-    installed = {font.name for font in fontManager.ttflist}
-    return ["DejaVu Sans", *(name for name in _OTHER_FONTS if name in installed)]
 
 
 def write(
@@ -94,9 +78,9 @@ def write(
     """Write text (never read as mathematics, whatever a prompt contains) at a point in inches."""
     axes.text(
         *point,
-        text,
+        fonts.drawn(text),
         fontsize=size,
-        fontfamily=_fonts(),
+        fontfamily=fonts.families(text),
         color=color,
         weight="bold" if bold else "normal",
         ha=align,

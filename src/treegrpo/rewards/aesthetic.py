@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from treegrpo.errors import UserError
 from treegrpo.rewards.checkpoints import Placement, find_file, read_weights
-from treegrpo.rewards.clip_models import Clip, find_clip, load_model, process_pictures
+from treegrpo.rewards.clip_models import CLIP_FILES, Clip, find_clip, load_model, process_pictures
 from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ REPOSITORY = "trl-lib/ddpo-aesthetic-predictor"
 # The predictor's own name, and that of its copy on the hub.
 FILES = ["sac+logos+ava1-l14-linearMSE.pth", "aesthetic-model.pth"]
 CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
+CHECKPOINTS = {"path": (REPOSITORY, FILES), "clip_path": (CLIP_REPOSITORY, CLIP_FILES)}
 LINEAR_LAYERS = (0, 2, 4, 6, 7)  # dropout is between the first four; there is no nonlinearity
 
 

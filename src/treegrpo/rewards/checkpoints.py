@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from treegrpo import hub
 from treegrpo.errors import UserError, reason
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DTYPES = ("float32", "bfloat16")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -86,19 +88,31 @@ def find_checkpoint(
         local = Path(path).expanduser()
         if local.exists():
             return local if local.is_dir() else local.parent
-        if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path):
+        if not _HUB_NAME.fullmatch(path):
             raise UserError(
                 f"option {option}: {path!r} does not exist; leave it out for the hub's "
                 f"{repository}, or {advice}"
             )
-    source = path or repository
+    source, problem = path or repository, hub.why_not_there()
     try:
         return Path(snapshot_download(source, allow_patterns=files))
     except Exception as error:  # the hub's client, its transports and the disk have many
         raise UserError(
             f"option {option}: {source!r} {'is no local folder and ' if path else ''}cannot be "
-            f"downloaded from the hub ({reason(error)}); {advice}"
+            f"downloaded from the hub ({problem or reason(error)}); {advice}"
         ) from error
+
+
+def check_nearby(path: Any, repository: str, files: list[str], option: str) -> None:
+    """Refuse what `find_checkpoint` would, downloading nothing; a hub that answers may have it.
+
+    Raises:
+        UserError: as `find_checkpoint`.
+    """
+    is_path = path is not None and not (isinstance(path, str) and _HUB_NAME.fullmatch(path))
+    is_here = isinstance(path, str) and Path(path).expanduser().exists()
+    if not is_here and (is_path or hub.why_not_there()):
+        find_checkpoint(path, repository, files, option)
 
 
 def find_file(path: str | None, repository: str, names: list[str]) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError, reason
-from treegrpo.images import to_uint8
+from treegrpo.images import resized, to_uint8
 from treegrpo.rewards.checkpoints import Placement, find_checkpoint
 
 if TYPE_CHECKING:
@@ -113,8 +113,20 @@ def process_pictures(processor: Any, pictures: Tensor) -> Tensor:
     from PIL import Image
 
     images = [Image.fromarray(one) for one in pictures.permute(0, 2, 3, 1).cpu().numpy()]
-    pixels: Tensor = processor(images, return_tensors="pt")["pixel_values"]
+    if processor.do_resize:
+        # The processor's own resize depends on the version of Pillow.
+        width, height = _fitted(processor.size, pictures.shape[3], pictures.shape[2])
+        images = [resized(image, width, height, processor.resample) for image in images]
+    pixels: Tensor = processor(images, do_resize=False, return_tensors="pt")["pixel_values"]
     return pixels
+
+
+def _fitted(size: Any, width: int, height: int) -> tuple[int, int]:
+    """Width and height of pictures that a CLIP processor has resized to its `size`."""
+    if edge := size.get("shortest_edge"):
+        short = min(width, height)
+        return int(edge * width / short), int(edge * height / short)
+    return size["width"], size["height"]
 
 
 def load_clip(path: str | None, repository: str) -> tuple[Any, Callable[[Tensor], Tensor], Any]:

@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from treegrpo.rewards.checkpoints import Placement
-from treegrpo.rewards.clip_models import Clip, load_clip
+from treegrpo.rewards.clip_models import CLIP_FILES, Clip, load_clip
 from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 REPOSITORY = "openai/clip-vit-large-patch14"
+CHECKPOINTS = {"path": (REPOSITORY, CLIP_FILES)}
 
 
 class CLIPScore:

@@ -21,7 +21,14 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 from treegrpo.errors import UserError
 from treegrpo.images import to_uint8
 from treegrpo.rewards.checkpoints import Placement
-from treegrpo.rewards.clip_models import Clip, find_clip, load_clip, load_model, load_tokenizer
+from treegrpo.rewards.clip_models import (
+    CLIP_FILES,
+    Clip,
+    find_clip,
+    load_clip,
+    load_model,
+    load_tokenizer,
+)
 from treegrpo.rewards.registry import Metadata
 
 if TYPE_CHECKING:
@@ -30,6 +37,7 @@ if TYPE_CHECKING:
 
 DETECTOR = "google/owlv2-base-patch16-ensemble"
 COLOR_CLASSIFIER = "openai/clip-vit-large-patch14"
+CHECKPOINTS = {"path": (DETECTOR, CLIP_FILES), "color_path": (COLOR_CLASSIFIER, CLIP_FILES)}
 
 Color = Literal[
     "red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = "xswu/HPSv2"
 FILE = "HPS_v2.1_compressed.pt"
+CHECKPOINTS = {"path": (REPOSITORY, [FILE])}
 TOKENIZER_REPOSITORY = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 # open_clip's ViT-H-14 in transformers' words.

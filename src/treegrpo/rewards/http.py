@@ -1,8 +1,9 @@
 """Asking a server: JSON in and out, several requests at once, patience while it is away.
 
 What may pass (no connection, silence, HTTP 408, 425, 429, 500, 502 and above) is tried again after
-waits that double, up to a limit. What will not (a refused token, an unknown address, an answer that
-makes no sense) is an error at once.
+waits that double, up to a limit, which is short for a server that has never answered: its address
+may be mistyped. What will not pass (a refused token, an unknown address, an answer that makes no
+sense) is an error at once.
 
 Left out: what is asked (`remote.py`, `vlm_judge.py`). A library for retries would give the loop
 alone: when to stop, how long to wait and what to say are all our own.
@@ -30,6 +31,8 @@ from treegrpo.errors import UserError
 FIRST_WAIT = 0.5  # seconds; doubles with every attempt
 LONGEST_WAIT = 15.0
 CONNECT_SECONDS = 10.0  # a host that is down may not even refuse
+# So long a request is waited for before the server's first answer.
+FIRST_ANSWER_SECONDS = 5.0
 MAX_ANSWER_BYTES = 64 * 2**20
 NO_TLS = {"WRONG_VERSION_NUMBER", "RECORD_LAYER_FAILURE", "PACKET_LENGTH_TOO_LONG"}
 PASSING = (
@@ -61,6 +64,7 @@ class _Fault:
     text: str
     status: int | None = None
     retry_after: float = 0.0
+    is_reached: bool = False  # it is there, if slow or busy
 
 
 class Endpoint:
@@ -72,7 +76,8 @@ class Endpoint:
         token_env: the environment variable with a secret.
         token_header: the header that takes it, after "Bearer" if it is Authorization.
         timeout_seconds: of silence, after which an attempt has failed.
-        give_up_after_seconds: after a request's first failure no attempt begins later than this.
+        give_up_after_seconds: after a request's first failure no attempt begins later than this. A
+            server that has not answered yet is given up after `FIRST_ANSWER_SECONDS` at most.
         concurrency: requests at once.
 
     Raises:
@@ -104,14 +109,16 @@ class Endpoint:
             is_bearer = token_header.lower() == "authorization"
             sent[token_header] = f"Bearer {self._token}" if is_bearer else self._token
         self._attempt_seconds = timeout_seconds + give_up_after_seconds
+        self._short = httpx2.Timeout(min(timeout_seconds, CONNECT_SECONDS))
         self._client = httpx2.Client(
             headers=sent,
-            timeout=httpx2.Timeout(timeout_seconds, connect=min(timeout_seconds, CONNECT_SECONDS)),
+            timeout=httpx2.Timeout(timeout_seconds, connect=self._short.connect),
             limits=httpx2.Limits(max_keepalive_connections=concurrency),
         )
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="reward-requests")
         self._closed = threading.Event()
         self._lock = threading.Lock()
+        self._has_answered = False
         self._waiting: set[int] = set()  # threads whose request the server does not answer
         self._outage_start = 0.0
 
@@ -135,25 +142,27 @@ class Endpoint:
         address = self.url + path
         content = None if body is None else json.dumps(body, allow_nan=False).encode()
         attempts = failures_500 = 0
-        since = 0.0
+        begin, since = time.monotonic(), 0.0
         answered = False
         try:
             while True:
                 self._check_open()
                 answer = self._attempt(method, address, content)
                 if not isinstance(answer, _Fault):
-                    answered = True
+                    answered = self._has_answered = True
                     return answer
                 attempts += 1
                 now = time.monotonic()
                 since = since or now
                 failures_500 = failures_500 + 1 if answer.status == 500 else 0
                 left = self._give_up_after - (now - since)
+                if not (self._has_answered or answer.is_reached):
+                    left = min(left, FIRST_ANSWER_SECONDS - (now - begin))
                 if failures_500 == ATTEMPTS_AT_500:
                     raise ServerError(f"{answer.text} (the last of {attempts} attempts)")
                 if left <= 0:
                     raise ServerError(
-                        f"{self.kind} {self.url} did not answer for {now - since:.0f} s "
+                        f"{self.kind} {self.url} did not answer for {now - begin:.0f} s "
                         f"({attempts} attempts); last fault: {answer.text}"
                     )
                 if answer.status != 429 or now - since >= BUSY_SECONDS:
@@ -172,7 +181,9 @@ class Endpoint:
             text = f"{what}: {type(error).__name__}: {self._shown(str(error))}"
             if not isinstance(error, PASSING) or _is_encryption_fault(error):
                 raise ServerError(text) from error
-            return _Fault(text)
+            # A question takes time, above all the first one.
+            is_slow = method == "POST" and isinstance(error, httpx2.ReadTimeout)
+            return _Fault(text, is_reached=is_slow)
         try:
             answer = json.loads(text)
         except (ValueError, RecursionError):
@@ -186,7 +197,8 @@ class Endpoint:
                 # The header's other form, a date, is not worth a clock's trust.
                 seconds = received.get("Retry-After", "")
                 pause = float(seconds) if re.fullmatch(r"\d{1,6}", seconds) else 0.0
-                return _Fault(said, status, pause)
+                is_reached = pause > 0 or status in (408, 425, 429, 500)
+                return _Fault(said, status, pause, is_reached)
             if status in (401, 403) and self._token is None:
                 said += " (token_env names the environment variable with a token)"
             if 300 <= status < 400:
@@ -205,7 +217,11 @@ class Endpoint:
         headers = {} if content is None else {"Content-Type": "application/json"}
         deadline = time.monotonic() + self._attempt_seconds
         received = bytearray()
-        with self._client.stream(method, address, content=content, headers=headers) as response:
+        # A GET asks whether the server is there.
+        patience = self._short if method == "GET" else self._client.timeout
+        with self._client.stream(
+            method, address, content=content, headers=headers, timeout=patience
+        ) as response:
             for part in response.iter_bytes():
                 received += part
                 self._check_open()

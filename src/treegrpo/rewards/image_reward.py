@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from treegrpo.errors import UserError
-from treegrpo.images import to_uint8
+from treegrpo.images import resized, to_uint8
 from treegrpo.rewards.checkpoints import Placement, find_checkpoint, find_file, read_weights
 from treegrpo.rewards.registry import Metadata
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 REPOSITORY = "THUDM/ImageReward"
 CHECKPOINT_FILE = "ImageReward.pt"
+CHECKPOINTS = {"path": (REPOSITORY, [CHECKPOINT_FILE])}
 TOKENIZER_REPOSITORY = "google-bert/bert-base-uncased"
 TOKENIZER_FILES = ["tokenizer.json", "vocab.txt"]
 
@@ -161,9 +162,9 @@ def _resize_and_crop(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     height, width = picture.shape[:2]
     short = min(height, width)
     width, height = int(target * width / short), int(target * height / short)
-    resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC)
+    fitted = resized(Image.fromarray(picture), width, height, Image.Resampling.BICUBIC)
     left, top = round((width - target) / 2), round((height - target) / 2)
-    return np.array(resized.crop((left, top, left + target, top + target)))
+    return np.array(fitted.crop((left, top, left + target, top + target)))
 
 
 def _load_tokenizer(folder: Path) -> Any:

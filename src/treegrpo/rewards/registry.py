@@ -11,11 +11,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import re
+import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from treegrpo.errors import UserError
+from treegrpo.errors import UserError, own_traceback
 from treegrpo.naming import import_attribute
+from treegrpo.rewards.checkpoints import check_nearby
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,7 +38,10 @@ BUILT_IN = {
     "pickscore": "treegrpo.rewards.pickscore:PickScore",
     "vlm_judge": "treegrpo.rewards.vlm_judge:VLMJudge",
 }
-REMOTE = "treegrpo.rewards.remote:Remote"  # any http:// or https:// address
+REMOTE = "treegrpo.rewards.remote:Remote"  # any of these:
+ADDRESSES = ("http://", "https://")
+# Their modules say which, as CHECKPOINTS: by option, repository and files.
+WITH_CHECKPOINTS = ("aesthetic", "clip_score", "geneval", "hpsv2", "image_reward", "pickscore")
 
 
 Metadata = list[dict[str, Any]] | None
@@ -54,6 +59,8 @@ class Reward(Protocol):
     - `check(prompts, metadata)`, called before a run with all its prompts; raises UserError for a
       prompt that the reward cannot score;
     - `concurrent = True`: it may be called from a thread while the next images are being made;
+    - `state_dict()` and `load_state_dict(state)`: what it remembers from call to call, which goes
+      into a run's checkpoint and comes back when the run is resumed;
     - `close()`: called when a run fails, so that calls under way in threads end soon.
     """
 
@@ -85,7 +92,7 @@ def load_reward(name: str, options: Mapping[str, Any] | None = None) -> Reward:
     except Exception as error:
         raise UserError(
             f"reward {name!r}: cannot be made with the options {options}: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}{own_traceback(error)}"
         ) from error
 
 
@@ -96,10 +103,30 @@ def check_reward(name: str, options: Mapping[str, Any] | None = None) -> None:
     _find(name, options)
 
 
+def reach_reward(name: str, options: Mapping[str, Any] | None = None) -> None:
+    """Refuse a built-in reward or an address that needs what is not there, loading no model.
+
+    Raises:
+        UserError: the server does not answer soon, or the checkpoint is neither here nor on a hub
+            that answers.
+    """
+    if name not in (*WITH_CHECKPOINTS, "vlm_judge") and not name.startswith(ADDRESSES):
+        return
+    target, given = _find(name, options)
+    needed = getattr(sys.modules[target.__module__], "CHECKPOINTS", {})
+    try:
+        for option, (repository, files) in needed.items():
+            check_nearby(given.get(option), repository, files, option)
+        if not needed:
+            target(**given).reach()
+    except UserError as error:
+        raise UserError(f"reward {name!r}: {error}") from error
+
+
 def _find(name: str, options: Mapping[str, Any] | None) -> tuple[Any, dict[str, Any]]:
     """The function or class of that name, and the options that the class is made with."""
     target, options = BUILT_IN.get(name, name), dict(options or {})
-    if name.startswith(("http://", "https://")):
+    if name.startswith(ADDRESSES):
         target, options = REMOTE, {"url": name, **options}
     module, _, attribute = target.partition(":")
     if not module or not attribute:

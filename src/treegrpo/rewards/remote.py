@@ -74,11 +74,28 @@ class Remote:
         parts = self._endpoint.map(ask, range(0, len(pixels), self._batch_size))
         return [score for part in parts for score in part]
 
-    def check(self, prompts: list[str], metadata: Metadata) -> None:
-        """Wait for the server, and make sure that it takes the token and can score all prompts.
+    def reach(self) -> dict[str, Any]:
+        """What the server says of itself.
 
         Raises:
-            UserError: it is not there or refuses, or metadata cannot be written as JSON.
+            UserError: it is not there, refuses the token or speaks another version.
+        """
+        try:
+            health = self._endpoint.request("GET", "/health")
+        except ServerError as error:
+            raise UserError(str(error)) from error
+        if health.get("version") != VERSION:
+            raise UserError(
+                f"reward server {self._endpoint.url} speaks version {health.get('version')!r} of "
+                f"the protocol; must be {VERSION}"
+            )
+        return health
+
+    def check(self, prompts: list[str], metadata: Metadata) -> None:
+        """`reach` the server, and make sure that it can score all prompts.
+
+        Raises:
+            UserError: it cannot, or metadata cannot be written as JSON; or as `reach`.
         """
         for prompt, described in zip(prompts, metadata or [], strict=False):
             try:
@@ -87,14 +104,9 @@ class Remote:
                 raise UserError(
                     f"the metadata of the prompt {prompt!r} cannot be sent as JSON ({error})"
                 ) from error
+        has_check = self.reach().get("checks")
         try:
-            health = self._endpoint.request("GET", "/health")
-            if health.get("version") != VERSION:
-                raise UserError(
-                    f"reward server {self._endpoint.url} speaks version "
-                    f"{health.get('version')!r} of the protocol; must be {VERSION}"
-                )
-            checked = range(0, len(prompts), PROMPTS_PER_CHECK) if health.get("checks") else ()
+            checked = range(0, len(prompts), PROMPTS_PER_CHECK) if has_check else ()
             for start in checked:
                 part = slice(start, start + PROMPTS_PER_CHECK)
                 question = _described(prompts, metadata, part)

@@ -14,11 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from treegrpo.errors import UserError
+from treegrpo.errors import UserError, own_traceback
 from treegrpo.images import evenly_spaced, to_uint8
 from treegrpo.rewards.registry import Metadata, Reward
+from treegrpo.rewards.state import kept_state, take_state
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from treegrpo.prompts import Prompt
@@ -43,7 +45,46 @@ def check_prompts(rewards: Mapping[str, Reward], prompts: Sequence[Prompt]) -> N
         except Exception as error:
             raise UserError(
                 f"reward {name!r}: its check of the prompts raised {type(error).__name__}: {error}"
+                f"{own_traceback(error)}"
             ) from error
+
+
+TRIAL_PICTURES = 2  # with one, a reward that drops the dimension of the batch would pass
+
+
+def try_reward(
+    name: str,
+    reward: Reward,
+    prompt: Prompt,
+    size: tuple[int, int] | None,
+    device: torch.device | str,
+) -> None:
+    """Ask a reward about gray pictures, so that a fault in it shows before any are drawn.
+
+    What it remembers of them, it is made to forget where it has a state (`state.py`).
+
+    Args:
+        prompt: that they are said to be of.
+        size: height and width of the pictures; None: any.
+        device: where they are.
+
+    Raises:
+        UserError: it raised or gave no finite number per picture, or its state cannot be kept.
+    """
+    import torch
+
+    images = torch.full((TRIAL_PICTURES, 3, *(size or (512, 512))), 127 / 255, device=device)
+    metadata = [dict(prompt.metadata) for _ in range(TRIAL_PICTURES)]
+    try:
+        state = kept_state(name, reward)
+        score(name, reward, images, [prompt.text] * TRIAL_PICTURES, metadata, None)
+        kept_state(name, reward)
+        take_state(name, reward, state)
+    except RewardError as error:
+        told = str(error).replace("; the batch's images were not kept", "")
+        whose = f"reward {name!r}"
+        tried = f"{whose}, tried on {TRIAL_PICTURES} gray pictures,"
+        raise UserError(told.replace(whose, tried, 1)) from error
 
 
 @contextmanager
@@ -93,15 +134,17 @@ def score(
         return RewardError(f"reward {name!r} {problem}; the batch's images {kept}")
 
     of_prompts = f"for {len(prompts)} prompts, of which the first is {prompts[:1]}"
-    given = images
-    if not _is_ours(reward):
+    given, is_ours = images, _is_ours(reward)
+    if not is_ours:
         # Whatever it writes into what it is given is its own: other rewards get the same.
         given, metadata = images.clone(), copy.deepcopy(metadata)
     try:
         with torch.no_grad():
             answer = reward(given, list(prompts), metadata)
     except Exception as error:
-        raise failure(f"raised {type(error).__name__} {of_prompts}: {error}") from error
+        told = failure(f"raised {type(error).__name__} {of_prompts}: {error}")
+        where = "" if is_ours or isinstance(error, UserError) else own_traceback(error)
+        raise RewardError(f"{told}{where}") from error
     try:
         scores = _as_tensor(answer)
     except Exception as error:

@@ -134,6 +134,10 @@ class VLMJudge:
         pairs = zip(to_pixels(images), prompts, strict=True)
         return self._endpoint.map(lambda pair: self._judge_or_fall_back(*pair), pairs)
 
+    def reach(self) -> None:
+        """`check`, before there are prompts."""
+        self.check([], None)
+
     def check(self, prompts: list[str], metadata: Metadata) -> None:
         """Judge one gray picture: a wrong address, key or model shows before any sampling."""
         import numpy as np

@@ -7,7 +7,7 @@ Left out: the rollout itself (`rollout.py`) and asking a reward (`rewards/scorin
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from treegrpo.batch_size import BatchSize
 from treegrpo.config import Config
 from treegrpo.finite import Watched, check_finite
 from treegrpo.images import as_pictures
@@ -26,6 +27,7 @@ from treegrpo.rewards import Reward, closing, score
 from treegrpo.rollout import Rollout, join, rollout
 from treegrpo.training.engine import Engine
 from treegrpo.training.metrics import Stopwatch
+from treegrpo.transition import transitions
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Collector:
     """Makes batches.
 
     Args:
+        max_batch, decode_batch: rows of a rollout's forward, and decoded at once.
         failed_folder: where a failing reward leaves its images.
 
     Attributes:
@@ -62,8 +65,11 @@ class Collector:
         method: Method,
         rewards: Mapping[str, Reward],
         engine: Engine,
+        max_batch: BatchSize,
+        decode_batch: BatchSize,
         failed_folder: Path,
     ) -> None:
+        self._max_batch, self._decode_batch = max_batch, decode_batch
         self._config, self._settings, self._seed = config, config.rollout, config.train.seed
         self._policy, self._method, self._engine = policy, method, engine
         self.rewards, self._failed_folder = rewards, failed_folder
@@ -102,6 +108,34 @@ class Collector:
             [batch.everyones[reward.key] for reward in trained],
         )
 
+    def with_whole_tail(self, batch: Batch, number: int) -> Scores:
+        """The trained rewards of one prompt's leaves, had their tails taken every step.
+
+        Args:
+            number: of the prompt in the batch.
+        """
+        level, schedule, policy = batch.forest.levels[-1], batch.forest.schedule, self._policy
+        levels = tuple(range(level.step + 1, schedule.steps + 1))
+        tail = (False,) * (len(levels) - 1)
+        plan = RolloutPlan(level.children.shape[1], (1,) * len(tail), tail, levels)
+        prompt = batch.prompts[number]
+        predict = policy.predictor(policy.encode([prompt.text]), schedule.steps)
+        steps = transitions(schedule, tail, levels=levels)
+        states = level.children[number : number + 1]
+        forest = self._max_batch.fit(
+            lambda rows: rollout(
+                predict, states, plan, schedule, steps, max_batch=rows, device=policy.device
+            ),
+            plan.leaves,
+        )
+        images = as_pictures(self._decode(forest.leaves.flatten(0, 1)))
+        trained = self._config.trained_rewards
+        with ThreadPoolExecutor(max_workers=len(trained)) as pool, closing(self.rewards):
+            asked = self._score(images, [prompt], pool, [reward.key for reward in trained])
+            values = [_result(asked[reward.key]).to(policy.device) for reward in trained]
+        everyones = [batch.everyones[reward.key] for reward in trained]
+        return Scores(values, [reward.weight for reward in trained], everyones)
+
     def _sample(
         self,
         prompts: Sequence[Prompt],
@@ -120,13 +154,11 @@ class Collector:
                 with watch("rollout"):
                     forests.append(self._grow(prompts[part], numbers[part], plan, iteration))
                 with watch("decode"):
-                    leaves = forests[-1].leaves.flatten(0, 1)
-                    frames = max(self._frames.values())
-                    images = self._policy.decode(leaves, settings.decoded_at_once, frames=frames)
+                    images = self._decode(forests[-1].leaves.flatten(0, 1))
                     check_finite("the decoder's images are", images)
                     images = as_pictures(images.cpu() if settings.offload else images)
                 with watch("reward"):
-                    scores.append(self._score(images, prompts[part], pool))
+                    scores.append(self._score(images, prompts[part], pool, self.rewards))
             with watch("reward"):
                 rewards = {
                     name: torch.cat([_result(part[name]) for part in scores])
@@ -141,42 +173,56 @@ class Collector:
         plan: RolloutPlan,
         iteration: int,
     ) -> Rollout:
-        settings, policy, method = self._settings, self._policy, self._method
+        settings, policy = self._settings, self._policy
         # Each of the iteration's prompts has a generator of its own: what it draws depends neither
         # on the batches nor on the processes, and a resumed run draws what the unbroken one would.
         first = (self._seed * 1_000_003 + iteration) * 2**20
-        generators = [
-            torch.Generator(policy.device).manual_seed((first + number) % 2**63)
-            for number in numbers
-        ]
-        noise = torch.stack([policy.noise(plan.roots, generator) for generator in generators])
         schedule = policy.schedule(settings.steps)
         conditioning = policy.encode([prompt.text for prompt in prompts])
         check_finite("the prompts' embeddings are", *conditioning.values())
-        predict = Watched(policy.predictor(conditioning, settings.steps))
-        forest = rollout(
-            predict,
-            noise.cpu() if settings.offload else noise,
-            plan,
-            schedule,
-            method.transitions(schedule, plan),
-            max_batch=settings.max_batch,
-            reduction=method.reduction,
-            generator=generators,
-            keep_means=method.keep_means,
-            device=policy.device,
+
+        def grow(rows: int) -> Rollout:
+            generators = [
+                torch.Generator(policy.device).manual_seed((first + number) % 2**63)
+                for number in numbers
+            ]
+            noise = torch.stack([policy.noise(plan.roots, generator) for generator in generators])
+            predict = Watched(policy.predictor(conditioning, settings.steps))
+            forest = rollout(
+                predict,
+                noise.cpu() if settings.offload else noise,
+                plan,
+                schedule,
+                self._method.transitions(schedule, plan),
+                max_batch=rows,
+                reduction=self._method.reduction,
+                generator=generators,
+                keep_means=self._method.keep_means,
+                device=policy.device,
+            )
+            predict.check()
+            return forest
+
+        return self._max_batch.fit(grow, len(prompts) * max(plan.widths[:-1]))
+
+    def _decode(self, leaves: Tensor) -> Tensor:
+        frames = max(self._frames.values())
+        return self._decode_batch.fit(
+            lambda rows: self._policy.decode(leaves, rows, frames=frames), len(leaves)
         )
-        predict.check()
-        return forest
 
     def _score(
-        self, images: Tensor, prompts: Sequence[Prompt], pool: ThreadPoolExecutor
+        self,
+        images: Tensor,
+        prompts: Sequence[Prompt],
+        pool: ThreadPoolExecutor,
+        names: Collection[str],
     ) -> dict[str, Tensor | Future[Tensor]]:
         """Reward name to float32 [prompts, leaves], or the promise of it."""
         leaves = len(images) // len(prompts)
         texts = [prompt.text for prompt in prompts for _ in range(leaves)]
         metadata = [dict(prompt.metadata) for prompt in prompts for _ in range(leaves)]
-        concurrent = [name for name, r in self.rewards.items() if getattr(r, "concurrent", False)]
+        concurrent = [name for name in names if getattr(self.rewards[name], "concurrent", False)]
         if concurrent:
             # A copy that a thread asked for would wait for the next rollout's work on the device.
             images = images.cpu()
@@ -189,7 +235,7 @@ class Collector:
         asked: dict[str, Tensor | Future[Tensor]] = {
             name: pool.submit(ask, name) for name in concurrent
         }
-        return asked | {name: ask(name) for name in self.rewards if name not in asked}
+        return asked | {name: ask(name) for name in names if name not in asked}
 
 
 def _result(scores: Tensor | Future[Tensor]) -> Tensor:

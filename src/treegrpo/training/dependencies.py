@@ -10,23 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from treegrpo.config import Config
+from treegrpo.models.cache import MANIFEST_FILE, cache_folder
 from treegrpo.models.components import Components
 from treegrpo.models.digests import file_digest, folder_digest
-from treegrpo.models.folder import SAMPLING_FILE, components
-from treegrpo.models.text import cache_folder
+from treegrpo.models.folder import SAMPLING_FILE, components, lora_file
 
 
 def dependencies(config: Config, checkpoint: Components) -> dict[str, str]:
     """Digests of whole files, by the key that names them and what of it they are.
 
-    Those of the checkpoint's components, and of local files and folders that rewards' options name.
+    Those of the checkpoint's components, of LoRA weights to start from, and of local files and
+    folders that rewards' options name.
     """
     cache = config.model.embedding_cache
-    manifest = None if cache is None else cache_folder(cache) / "digests.json"
+    manifest = None if cache is None else cache_folder(cache) / MANIFEST_FILE
     paths = {
         f"model.path, {name}": checkpoint.folder / name
         for name in (*components(checkpoint.index), SAMPLING_FILE)
     }
+    if config.model.lora_path is not None:
+        paths["model.lora_path"] = lora_file(config.model.lora_path)
     for number, reward in enumerate(config.rewards):
         paths |= dict(_named(f"rewards.{number}.options", reward.options))
     return {

@@ -11,15 +11,17 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+import torch.distributed
+from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, gather_object
 from torch import Tensor, nn
 
+from treegrpo.batch_size import OutOfMemoryError
 from treegrpo.config import ModelConfig
 from treegrpo.device import usable_device
 from treegrpo.errors import UserError
@@ -72,17 +74,13 @@ class Engine:
                     "share the devices, each of which has its own"
                 )
             torch.accelerator.set_device_index(device.index)
-        # Some networks have layers that get no gradient, such as the last block's text layers.
-        distributed = DistributedDataParallelKwargs(
-            find_unused_parameters=True, gradient_as_bucket_view=True
-        )
         self._accelerator = Accelerator(
             cpu=device.type == "cpu",
             # All given, because each would be taken from the environment.
             mixed_precision="no",
             dynamo_backend="no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-            kwargs_handlers=[distributed, InitProcessGroupKwargs(timeout=PROCESS_PATIENCE)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PROCESS_PATIENCE)],
         )
         self.device: torch.device = self._accelerator.device
         if model.device != "auto" and self.device.type != device.type:
@@ -140,12 +138,12 @@ class Engine:
         """What fails one process fails all, which would wait for that one in vain.
 
         Raises:
-            RewardError, NotFiniteError: on every process.
+            RewardError, NotFiniteError, OutOfMemoryError: on every process.
         """
         failure = None
         try:
             yield
-        except (RewardError, NotFiniteError) as error:
+        except (RewardError, NotFiniteError, OutOfMemoryError) as error:
             failure = error
         everyones = self.everyones(None if failure is None else (type(failure), str(failure)))
         if failure is not None:
@@ -156,16 +154,34 @@ class Engine:
     # --- optimizing ---
 
     def prepare(
-        self, network: nn.Module, optimizer: torch.optim.Optimizer
-    ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The network and the optimizer as all processes use them together."""
-        prepared: Any = self._accelerator.prepare(network, optimizer)
-        return prepared[0], prepared[1]
+        self, parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer
+    ) -> torch.optim.Optimizer:
+        """The optimizer as all processes use it, of parameters that are the main process's."""
+        if self.processes > 1:
+            for parameter in parameters:
+                torch.distributed.broadcast(parameter.detach(), src=0)
+        prepared: torch.optim.Optimizer = self._accelerator.prepare(optimizer)
+        return prepared
 
-    def backward(self, loss: Tensor, network: nn.Module, *, exchange: bool) -> None:
-        """Add a loss's gradient; with `exchange`, processes then average all that they added."""
-        with nullcontext() if exchange else self._accelerator.no_sync(network):
-            self._accelerator.backward(loss)
+    def backward(self, loss: Tensor) -> None:
+        """Add a loss's gradient to this process's."""
+        self._accelerator.backward(loss)
+
+    def average_gradient(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Exchange gradients, once all that belongs to a step is in them.
+
+        The backward passes exchange nothing (no DistributedDataParallel), so that a process may
+        take more of them, or one again, without the others.
+        """
+        if self.processes == 1:
+            return
+        # Some layers get no gradient, such as the last block's text layers.
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for gradient in gradients:
+            gradient.div_(self.processes)
+        sums = [torch.distributed.all_reduce(gradient, async_op=True) for gradient in gradients]
+        for each in sums:
+            each.wait()
 
     def clip_gradient(self, parameters: Sequence[nn.Parameter], largest: float) -> float:
         """Scale the gradient down to a norm of at most `largest`; returns the norm before."""

@@ -5,13 +5,16 @@ Left out: sampling and scoring them (`evaluation/measure.py`).
 
 from __future__ import annotations
 
+from treegrpo.console import Display
+from treegrpo.readable import counted
+from treegrpo.report.run import describe
 from treegrpo.tracking import Tracker
 from treegrpo.training.build import Run
 from treegrpo.training.metrics import RewardMetrics, is_due
 
 
 class HeldOut:
-    """A run's evaluations, kept as they are made.
+    """A run's evaluations, kept and told as they are made.
 
     Making one measures the untrained model; a run that is resumed then takes over its weights.
 
@@ -21,11 +24,16 @@ class HeldOut:
         iteration: after how many iterations that was.
     """
 
-    def __init__(self, run: Run, tracker: Tracker, *, resume: bool) -> None:
-        self._run, self._tracker = run, tracker
+    def __init__(self, run: Run, tracker: Tracker, display: Display, *, resume: bool) -> None:
+        self._run, self._tracker, self._display = run, tracker, display
         self.before = self.last = run.measure()
         self.iteration = 0
         run.reward_metrics = RewardMetrics(run.config, self.before)
+        display.say(
+            f"{counted(len(self.before.prompts), 'held-out prompt')}: ± standard error, "
+            "(change since before training)"
+        )
+        self._tell()
         if not resume:
             tracker.evaluation(0, self.before)
             return
@@ -41,3 +49,9 @@ class HeldOut:
         if self.iteration != self._run.progress.iteration:
             self.last, self.iteration = self._run.measure(), self._run.progress.iteration
             self._tracker.evaluation(self.iteration, self.last)
+            self._tell()
+
+    def _tell(self) -> None:
+        place = f"evaluation {self.iteration}/{self._run.config.train.iterations}"
+        for line in describe(self.before, self.last):
+            self._display.note(f"{place}  {line}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,8 +16,13 @@ from torch import Tensor
 
 from treegrpo.advantage import without_signal
 from treegrpo.config import Config
+from treegrpo.console import Phase, silent
 from treegrpo.evaluation.results import Evaluation
 from treegrpo.objective import Loss
+from treegrpo.readable import number
+
+# Iterations in a row without any signal, after which a reward is spoken of.
+SILENT_ITERATIONS = 3
 
 
 @dataclass
@@ -128,21 +133,55 @@ class RewardMetrics:
         return record
 
 
+class SilentRewards:
+    """Notices trained rewards that tell no pictures of a prompt apart, iteration after iteration.
+
+    Args:
+        names: theirs.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._iterations = dict.fromkeys(names, 0)
+
+    def warnings(self, rewards: Mapping[str, Tensor]) -> list[str]:
+        """What is to be told after an iteration, of whose rewards `RewardMetrics.record` says."""
+        found = []
+        for name, before in self._iterations.items():
+            values = rewards[name]
+            silent = bool(without_signal(values).all())
+            self._iterations[name] = count = before + 1 if silent else 0
+            if count == SILENT_ITERATIONS:
+                least, most = number(values.min().item()), number(values.max().item())
+                given = least if least == most else f"between {least} and {most}"
+                found.append(
+                    f"for {count} iterations, the reward {name!r} has given all pictures of a "
+                    f"prompt the same ({given}): nothing can be learned from it. Look at what it "
+                    "answers for the model's pictures (`treegrpo sample`); if it is right, take a "
+                    "finer reward, other prompts, or more different samples "
+                    "(rollout.noise_level, larger groups)"
+                )
+        return found
+
+
 class Stopwatch:
     """Seconds per named stage; waits for the device, so that a stage gets its own time.
+
+    Args:
+        phase: is told each stage.
 
     Attributes:
         seconds: by stage.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, phase: Phase = silent) -> None:
+        self._device, self._phase = device, phase
         self._start = time.perf_counter()
         self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Count what happens inside for a stage."""
+        self._phase(name)
         start = time.perf_counter()
         yield
         if self._device.type == "cuda":
