@@ -2,11 +2,12 @@
 
     python benchmarks/iteration.py [--quick] [--model PATH] [--rounds N] [--prompts N]
 
-The three methods run the same code on the same checkpoint, prompts, rewards and optimizer; only
-the plan differs. They take turns, iteration by iteration, so that a machine whose speed drifts
-slows all of them alike. TreeGRPO and MixGRPO use the paper's window (r = 0.5, w = 3): over the
-rounds its start takes each value as often as its distribution says, since an early window costs
-TreeGRPO more. The last line is one JSON object.
+The methods run the same code on the same checkpoint, prompts, rewards and optimizer; only the plan
+differs. The fast tree has three steps after the window (`rollout.tail_steps`). They take turns,
+iteration by iteration, so that a machine whose speed drifts slows all of them alike. TreeGRPO and
+MixGRPO use the paper's window (r = 0.5, w = 3): over the rounds its start takes each value as often
+as its distribution says, since an early window costs TreeGRPO more. The last line is one
+JSON object.
 
 Left out: what is learned in that time (`learning.py`), and GPUs of several machines.
 """
@@ -28,10 +29,12 @@ from treegrpo.training.build import Run, build
 from treegrpo.training.loop import iterate
 
 WINDOW = ("rollout.window_size=3", "rollout.window_schedule=random", "rollout.window_decay=0.5")
+TREE = ("rollout.method=tree_grpo", "rollout.trees=1", "rollout.branching=3", *WINDOW)
 METHODS = {
-    "tree_grpo": ("rollout.trees=1", "rollout.branching=3", *WINDOW),
-    "flow_grpo": ("rollout.group_size=27",),
-    "mix_grpo": ("rollout.group_size=27", *WINDOW),
+    "tree_grpo": TREE,
+    "fast": (*TREE, "rollout.tail_steps=3", "rollout.tail_check_every=0"),
+    "flow_grpo": ("rollout.method=flow_grpo", "rollout.group_size=27"),
+    "mix_grpo": ("rollout.method=mix_grpo", "rollout.group_size=27", *WINDOW),
 }
 
 
@@ -67,7 +70,6 @@ def main() -> None:
                     [
                         f"model.path={options.model}",
                         f"output={Path(folder) / method}",
-                        f"rollout.method={method}",
                         "rollout.steps=10",
                         *settings,
                         "rollout.transition=flow_sde",
@@ -109,6 +111,8 @@ def main() -> None:
         **{f"{method}_seconds": round(mean[method], 4) for method in METHODS},
         "speedup_over_flow_grpo": round(mean["flow_grpo"] / mean["tree_grpo"], 3),
         "speedup_over_mix_grpo": round(mean["mix_grpo"] / mean["tree_grpo"], 3),
+        "fast_speedup_over_flow_grpo": round(mean["flow_grpo"] / mean["fast"], 3),
+        "fast_speedup_over_mix_grpo": round(mean["mix_grpo"] / mean["fast"], 3),
         **{f"{method}_forwards": round(sum(forwards[method]) / rounds, 1) for method in METHODS},
         "rounds": rounds,
         "prompts": prompts,

@@ -51,12 +51,14 @@ def _complete_configuration(incomplete: str) -> list[str]:
     return [name for name in (*RECIPES, *glob("*.yaml")) if name.startswith(incomplete)]
 
 
+DEFAULT_RECIPE = "miniature-fast"
+
 ConfigArguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="CONFIG.yaml | RECIPE | RUN | key.path=value",
-        help="A configuration file, a recipe or a run's folder, and changes to it; without any, "
-        "the miniature job. "
+        help="A configuration file, a recipe or a run's folder, and changes to it; without a "
+        f"file or a model.path, the miniature job ({DEFAULT_RECIPE}). "
         f"Recipes: {', '.join(RECIPES)}.",
         show_default=False,
         autocompletion=_complete_configuration,
@@ -116,8 +118,13 @@ def read_config(arguments: list[str] | None, problems: Problems) -> tuple[Config
         return error.rest, error.faulty
 
 
-def file_and_changes(arguments: list[str] | None) -> tuple[Path | None, list[str]]:
-    """The configuration file, if one is given (a run's, for its folder), and the changes to it.
+def file_and_changes(
+    arguments: list[str] | None, otherwise: str = DEFAULT_RECIPE
+) -> tuple[Path | None, list[str]]:
+    """The configuration file (a run's, for its folder), and the changes to it.
+
+    Args:
+        otherwise: the recipe that counts where neither a file nor a model is given.
 
     Raises:
         UserError: there are two files.
@@ -130,6 +137,8 @@ def file_and_changes(arguments: list[str] | None) -> tuple[Path | None, list[str
             f"got {len(paths)} configuration files ({', '.join(paths)}); must be at most one "
             "(a change to it is written key.path=value)"
         )
+    if not paths and not any(change.startswith("model.path=") for change in overrides):
+        paths = [otherwise]
     path = Path(paths[0]).expanduser() if paths else None
     if path is not None and (path / CONFIG_FILE).is_file():
         # The run may have been moved.

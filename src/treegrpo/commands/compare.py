@@ -171,7 +171,7 @@ def _study(
         raise UserError("compare runs in one process; start it without a launcher")
     if not math.isfinite(factor):
         raise UserError(f"--backward-cost: got {factor}; must be finite")
-    file, changes = file_and_changes(arguments)
+    file, changes = file_and_changes(arguments, otherwise="miniature-paper")
     shared = Shared(file, read_changes(changes))
     sweeps, tunes = read_grids("--sweep", sweep), read_grids("--tune", tune)
     both = {grid.key for grid in sweeps} & {grid.key for grid in tunes}
