@@ -306,6 +306,10 @@ def test_what_was_published_stands_between_the_file_and_the_command_line(tmp_pat
     assert advantage("flow_grpo") == ("global", 1e-4)
     assert advantage("tree_grpo") == ("group", 0.5)
     assert advantage("flow_grpo", "advantage.std=none") == ("none", 1e-4)
+    file.write_text("rollout: {branching: 3, noise_level: 0.9}\nadvantage: {ddof: 0}\n")
+    branch = configure(Shared(file), Entry("", "branch_grpo"), flow=True)
+    assert branch.rollout.noise_level == 0.3 and branch.advantage.ddof == 1
+    assert method_of(branch).plan(0).leaves == 16  # of two children, not of the tree's three
     file.write_text("rollout: {method: flow_grpo}\nadvantage: {eps: 0.5}\n")
     assert advantage("flow_grpo") == ("global", 0.5)
 
