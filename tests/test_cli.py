@@ -78,6 +78,27 @@ def test_the_shell_completes_commands_and_recipes(
         assert (code, out.strip()) == (0, completed)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "job"),
+    [
+        ([], "miniature-fast"),
+        (["train.seed=7"], "miniature-fast"),
+        (["model.path=miniature"], None),
+        (["miniature-paper"], "miniature-paper"),
+    ],
+)
+def test_without_a_file_and_a_model_the_job_is_the_miniatures(
+    arguments: list[str], job: str | None, treegrpo: CommandLine
+) -> None:
+    """With a model of one's own and no file, nothing of the miniature's job is left."""
+    code, out, _ = treegrpo("train", "--print-config", *arguments)
+    assert code == 0
+    expected = load_config(
+        None if job is None else configuration_file(job), [a for a in arguments if "=" in a]
+    )
+    assert out == to_yaml(expected)
+
+
 @pytest.mark.parametrize("command", ["train", "plan"])
 def test_help_names_the_recipes(command: str, treegrpo: CommandLine) -> None:
     _, out, _ = treegrpo(command, "--help")

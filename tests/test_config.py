@@ -234,7 +234,8 @@ def test_settings_of_other_methods_do_not_get_in_the_way() -> None:
         ),
         (
             "rollout.branching=2",
-            "rollout.branching: flow_grpo has no such setting; tree_grpo and branch_grpo have",
+            "rollout.branching: flow_grpo has no such setting; tree_grpo, tree_endpoint and "
+            "branch_grpo have",
         ),
         (
             "advantage.backup=uniform",

@@ -125,7 +125,14 @@ def test_commands_of_the_methods_page(
     records = read_lines(Path("run/metrics.jsonl"))
     assert len(records) == 2
     assert all(record["gradient_norm"] > 0 for record in records)
-    code, _, err = treegrpo("plan", *arguments[1:], "rollout.steps=3", "--json", "plan.json")
+    code, _, err = treegrpo(
+        "plan",
+        *arguments[1:],
+        f"model.path={tiny_checkpoint}",
+        "rollout.steps=3",
+        "--json",
+        "plan.json",
+    )
     assert code == 0, err
     forwards = json.loads(Path("plan.json").read_text(encoding="utf-8"))["work"]["update"]
     assert records[0]["update_forwards"] == 2 * forwards

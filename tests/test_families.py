@@ -378,6 +378,7 @@ def test_training_changes_only_what_it_should_and_diffusers_loads_it(
     assert not changed
     assert {path.name for path in model.iterdir()} == {
         "README.md",
+        "before_after.png",
         "pytorch_lora_weights.safetensors",
         SAMPLING_FILE,
     }

@@ -46,6 +46,7 @@ from treegrpo.rewards.composition import (
     composition,
     composition_accuracy,
     detect,
+    shape_overlap,
     signed_distance,
 )
 from treegrpo.rewards.jpeg import jpeg_compressibility, jpeg_incompressibility
@@ -112,6 +113,28 @@ def test_harmless_changes_are_forgiven(
         changed = functional.interpolate(images, (size, size), mode="bicubic").clamp(0, 1)
     accepted = composition_accuracy(changed, prompts_of(shown), None)
     assert accepted.mean() >= 0.99
+
+
+def test_clean_shapes_overlap_with_ideal_ones_and_dented_ones_less(
+    truth: tuple[list[Composition], torch.Tensor],
+) -> None:
+    """Dents that leave a square a square are seen by the overlap alone; prompts play no part."""
+    _, images = truth
+    clean = shape_overlap(images, ["x"] * SCENES, None)
+    assert clean.min() > 0.9 and clean.max() <= 1
+    square = draw(PlacedShape("blue", "square", 16.0, 16.0, 6.0))
+    dented = square.clone()
+    background = square[0, :, 0, 0][:, None]
+    for row, column in ((10, 16), (22, 16), (16, 10), (16, 22)):
+        dented[0, :, row - 1 : row + 2, column] = background
+        dented[0, :, row, column - 1 : column + 2] = background
+    assert (
+        detect(dented).shape.tolist() == detect(square).shape.tolist() == [SHAPES.index("square")]
+    )
+    one, other = (shape_overlap(image, ["x"], None).item() for image in (square, dented))
+    assert one - other > 0.02
+    nothing = background[None, :, :, None].expand(1, 3, 32, 32)
+    assert shape_overlap(nothing, ["x"], None).item() == 0
 
 
 def test_melted_shapes_are_rejected() -> None:
@@ -240,7 +263,13 @@ def test_jpeg_is_pillows_file_size() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["composition", "composition_accuracy", "jpeg_compressibility", "jpeg_incompressibility"],
+    [
+        "composition",
+        "composition_accuracy",
+        "shape_overlap",
+        "jpeg_compressibility",
+        "jpeg_incompressibility",
+    ],
 )
 def test_built_in_rewards_without_options_score(name: str) -> None:
     images = draw(PlacedShape("red", "circle", 16, 16, 5)).expand(2, -1, -1, -1)

@@ -133,8 +133,14 @@ class BranchGRPO(PolicyGradient):
 
     @classmethod
     def published(cls, *, flow: bool) -> Mapping[str, Any]:
-        """DanceGRPO's step, on whose code it was built."""
-        settings = {"advantage.eps": 1e-8, "objective.clip_low": 1e-3, "objective.clip_high": 1e-3}
+        """DanceGRPO's step, on whose code it was built; its own tree, which a TreeGRPO's is not."""
+        settings = {
+            "rollout.branching": 2,
+            "advantage.ddof": 1,
+            "advantage.eps": 1e-8,
+            "objective.clip_low": 1e-3,
+            "objective.clip_high": 1e-3,
+        }
         if not flow:
             return settings
         return {"rollout.transition": "dance_sde", "rollout.noise_level": 0.3, **settings}

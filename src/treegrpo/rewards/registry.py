@@ -36,6 +36,7 @@ BUILT_IN = {
     "jpeg_incompressibility": "treegrpo.rewards.jpeg:jpeg_incompressibility",
     "ocr": "treegrpo.rewards.ocr:OCR",
     "pickscore": "treegrpo.rewards.pickscore:PickScore",
+    "shape_overlap": "treegrpo.rewards.composition:shape_overlap",
     "vlm_judge": "treegrpo.rewards.vlm_judge:VLMJudge",
 }
 REMOTE = "treegrpo.rewards.remote:Remote"  # any of these:
