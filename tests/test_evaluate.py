@@ -35,6 +35,7 @@ from treegrpo.evaluation import pair
 from treegrpo.evaluation.measure import evaluate
 from treegrpo.evaluation.results import Evaluation, compare
 from treegrpo.evaluation.sampling import Draws, sample
+from treegrpo.miniature import EMBEDDED
 from treegrpo.models.adapters import add_lora
 from treegrpo.models.export import export
 from treegrpo.models.opening import load_policy
@@ -557,6 +558,14 @@ def test_prompts_and_rewards_are_those_of_the_models_run(
     assert len(told["per_prompt"]) == 1 and not told["per_prompt"][0]["prompt"].startswith("no")
     told = summary("runs/x", "--max-prompts", 2)
     assert len(told["per_prompt"]) == 2
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_an_embedded_model_brings_its_prompts_and_rewards(treegrpo: Run, name: str) -> None:
+    code, _, err = treegrpo(name, "--max-prompts", 1, "--steps", 2, "--json", "summary.json")
+    assert code == 0, err
+    told = json.loads(Path("summary.json").read_text(encoding="utf-8"))
+    assert list(told["rewards"]) == ["composition", "composition_accuracy"]
 
 
 def test_without_a_run_prompts_and_rewards_are_asked_for(

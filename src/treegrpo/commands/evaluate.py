@@ -226,7 +226,7 @@ def _read_rewards(
     fields = [(name.strip(), "--rewards") for name in listed.split(",")] if listed else []
     fields += [(name, "--reward") for name in single]
     if not fields:
-        own = ("composition", "composition_accuracy") if source == "miniature" else ()
+        own = ("composition", "composition_accuracy") if source in EMBEDDED else ()
         fields = [(name, "--rewards") for name in of_run or own]
     names = [name for name, _ in fields]
     options: dict[str, dict[str, Any]] = {}
