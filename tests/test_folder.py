@@ -106,9 +106,8 @@ def test_a_missing_package_is_named_before_any_work(
 ) -> None:
     fault(checkpoint)
     install()
-    message = treegrpo.refusal(
-        command, f"model.path={checkpoint}", "model.lora_rank=2", "rewards=[{name: aesthetic}]"
-    )
+    reward = "rewards=[{name: jpeg_compressibility}]"
+    message = treegrpo.refusal(command, f"model.path={checkpoint}", "model.lora_rank=2", reward)
     assert message.startswith("model.path: ")
     assert words in message
     assert f"the package {package} is missing; install it (`pip install {package}`)" in message

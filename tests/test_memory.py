@@ -220,7 +220,7 @@ def test_training_all_of_quantised_weights_is_not_planned(
     packed = {"quantization_config": {"quant_method": "fbgemm_fp8"}}
     folder = edited(tiny_checkpoint, tmp_path / "packed", {"transformer/config.json": packed})
     with pytest.raises(ModelError, match=r"^model\.lora_rank: got 0, which trains all weights"):
-        Measurements(4).skeleton(configuration(folder).model)
+        estimate(configuration(folder))
 
 
 def test_peak_bytes_counts_what_is_alive() -> None:

@@ -118,6 +118,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def settings_of(output: Path, reward: str, **options: float) -> list[str]:
     return [
+        "model.path=miniature",
         "rollout.steps=4",
         "rollout.branching=2",
         "rollout.window_size=2",

@@ -317,12 +317,12 @@ def test_the_second_control_c_ends_a_run_at_once_and_harms_nothing(
         return called
 
     with monkeypatch.context() as patch:
-        # The evaluation asks the reward, and then each iteration does.
+        # The trial on gray pictures asks the reward, the evaluation, and then each iteration.
         if where == "sampling":  # of the fourth
-            brightness = pressing("reward", 5, 2, toy_rewards.brightness)
+            brightness = pressing("reward", 6, 2, toy_rewards.brightness)
             patch.setattr(toy_rewards, "brightness", brightness)
         elif where == "saving":  # after the first one, in which the first press was
-            brightness = pressing("reward", 2, 1, toy_rewards.brightness)
+            brightness = pressing("reward", 3, 1, toy_rewards.brightness)
             patch.setattr(toy_rewards, "brightness", brightness)
             patch.setattr(torch, "save", pressing("save", 1, 2, torch.save))
         else:  # between the fourth one's two steps: the weights are those of no iteration

@@ -23,6 +23,7 @@ from treegrpo.memory.skeleton import (
     total_bytes,
 )
 from treegrpo.methods import Method
+from treegrpo.models.folder import check_full_training
 from treegrpo.plan import RolloutPlan
 
 
@@ -155,6 +156,8 @@ def estimate(
     """
     measured = measurements or Measurements(config.rollout.steps)
     skeleton = measured.skeleton(config.model)
+    if not config.model.lora_rank:  # known only now, of a hub's checkpoint
+        check_full_training(skeleton.policy.checkpoint.folder)
     method = method_of(config)
     plans = [share.plan for share in method.checked_plans(config.train.iterations)]
     levels = skeleton.policy.schedule(config.rollout.steps)
