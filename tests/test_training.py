@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -343,9 +344,12 @@ def test_control_c_while_a_run_is_prepared_ends_it(
     configure: Callable[..., Config], treegrpo: CommandLine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("run.yaml").write_text(to_yaml(configure()), encoding="utf-8")
-    monkeypatch.setattr(
-        "treegrpo.training.build.load_weights", lambda *_, **settings: press_control_c()
-    )
+
+    def pressed(*arguments: Any, **settings: Any) -> None:
+        press_control_c()
+        time.sleep(30)  # which the signal ends, as soon as it arrives
+
+    monkeypatch.setattr("treegrpo.training.build.load_weights", pressed)
     code, _, err = treegrpo("train", "run.yaml")
     assert (code, err) == (130, "")
 
