@@ -416,6 +416,10 @@ def test_a_tail_that_skips_nothing_is_the_schedules_own() -> None:
     own = transitions(FLOW, plan.stochastic, "flow_sde", 0.7)
     same = plan.with_tail(2)
     assert transitions(FLOW, same.stochastic, "flow_sde", 0.7, same.levels) == own
+    # Of more steps, all but the first one are of second order.
+    long = tree_grpo(5, branching=2, window_size=1).with_tail(2)
+    tail = transitions(FLOW, long.stochastic, "flow_sde", 0.7, long.levels)[1:]
+    assert tail == (ode(FLOW, 1, 3), multistep(FLOW, 1, 3, 5))
     skipping = plan.with_tail(1)
     # One step has no estimate before it on its own way.
     assert transitions(FLOW, skipping.stochastic, "flow_sde", 0.7, skipping.levels)[3:] == (
