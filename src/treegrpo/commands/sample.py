@@ -49,6 +49,13 @@ def sample(
     out: Annotated[Path, typer.Option(metavar="FILE", help="The picture to write.")] = Path(
         "grid.png"
     ),
+    each: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Also write every picture by itself: PROMPT-IMAGE.png, both counted from 0.",
+        ),
+    ] = None,
 ) -> None:
     """Draw a grid of samples, one row per prompt."""
     problems = Problems()
@@ -74,11 +81,16 @@ def sample(
         arguments.check_output(out, "--out")
         if out.suffix.lower() != ".png":
             raise UserError(f"--out: got {out}; the picture is a PNG, so its name must end in .png")
+    with problems.collecting():
+        if each is not None and each.exists() and (not each.is_dir() or any(each.iterdir())):
+            raise UserError(f"--each: {each} must be a new or an empty folder")
     problems.refuse()
+
+    from PIL import Image
 
     from treegrpo.device import usable_device
     from treegrpo.evaluation import sampling
-    from treegrpo.images import middle_frames
+    from treegrpo.images import middle_frames, to_uint8
     from treegrpo.models.opening import load_weights, open_policy
     from treegrpo.report.pictures import image_grid
 
@@ -91,5 +103,12 @@ def sample(
     draws = sampling.Draws(
         count, policy.sampling.steps, seed, decode_batch=sampling.decode_batch_of(policy)
     )
-    image_grid(out, texts, middle_frames(sampling.sample(policy, texts, draws)).cpu())
+    pictures = middle_frames(sampling.sample(policy, texts, draws)).cpu()
+    image_grid(out, texts, pictures)
     print(f"wrote {out}")
+    if each is not None:
+        each.mkdir(parents=True, exist_ok=True)
+        for number, picture in enumerate(to_uint8(pictures.flatten(0, 1))):
+            name = "{:03}-{}.png".format(*divmod(number, count))
+            Image.fromarray(picture.permute(1, 2, 0).numpy()).save(each / name)
+        print(f"wrote {len(texts) * count} pictures into {each}")
