@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -129,12 +129,11 @@ class Collector:
             plan.leaves,
         )
         images = as_pictures(self._decode(forest.leaves.flatten(0, 1)))
-        trained = self._config.trained_rewards
-        with ThreadPoolExecutor(max_workers=len(trained)) as pool, closing(self.rewards):
-            asked = self._score(images, [prompt], pool, [reward.key for reward in trained])
-            values = [_result(asked[reward.key]).to(policy.device) for reward in trained]
-        everyones = [batch.everyones[reward.key] for reward in trained]
-        return Scores(values, [reward.weight for reward in trained], everyones)
+        names = [reward.key for reward in self._config.trained_rewards]
+        with ThreadPoolExecutor(max_workers=len(names)) as pool, closing(self.rewards):
+            asked = self._score(images, [prompt], pool, names)
+            values = [_result(asked[name]).to(policy.device) for name in names]
+        return replace(self.scores(batch), values=values)
 
     def _sample(
         self,
